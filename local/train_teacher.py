@@ -1,0 +1,79 @@
+"""Train the embedded teacher: a small HuBERT, CTC on a transcribed pool."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from lhotse import CutSet
+
+from mvqkd import cli
+from mvqkd.data.manifests import read_cuts
+from mvqkd.device import pick_device
+from mvqkd.files import written_aside
+from mvqkd.teachers import load_teacher
+from mvqkd.teachers.ctc import CtcTask, HubertSettings, new_hubert
+from mvqkd.training.checkpoint import load_checkpoint
+from mvqkd.training.loop import TrainingSettings, train
+
+
+@dataclass
+class Settings:
+    """The teacher conf, and where things are."""
+
+    train_manifests: list[Path]
+    dev_manifests: list[Path]
+    # Checkpoints and logs of the run.
+    work_dir: Path
+    # The finished teacher, in transformers' layout.
+    out_dir: Path
+    # A teacher to go on from; none: random weights.
+    init: str | None = None
+    device: str = "auto"
+    # The layer whose output is distilled; used by the stages after this one.
+    layer: int = 1
+    mask_inputs: bool = True
+    max_duration: float = 100
+    hubert: HubertSettings = field(default_factory=HubertSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+
+def main(settings: Settings) -> None:
+    device = pick_device(settings.device)
+    seed = settings.training.seed
+    teacher = load_teacher(settings.init) if settings.init else new_hubert(settings.hubert, seed)
+    train_cuts = CutSet.from_cuts(c for path in settings.train_manifests for c in read_cuts(path))
+    task = CtcTask(
+        teacher,
+        train_cuts,
+        {path.name.split(".")[0]: read_cuts(path) for path in settings.dev_manifests},
+        settings.max_duration,
+        seed,
+        device,
+        settings.mask_inputs,
+    )
+    train(task, settings.training, settings.work_dir, device)
+    last = load_checkpoint(settings.work_dir / f"epoch-{settings.training.num_epochs}.pt")
+    teacher.load_state_dict(last["model"])
+    log = [json.loads(line) for line in (settings.work_dir / "log.jsonl").open()]
+    origin = {
+        "command": " ".join(sys.argv),
+        "seed": seed,
+        "device": f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
+        "training_minutes": round(log[-1]["seconds"] / 60, 1),
+        "speech_hours": round(task.epoch_seconds / 3600, 2),
+        "epochs": settings.training.num_epochs,
+        "dev": {key: round(log[-1][key], 2) for key in log[-1] if key.startswith("wer")},
+    }
+    with written_aside(settings.out_dir) as aside:
+        # Half precision halves the files; the indexes are made from what is stored.
+        teacher.cpu().half().save(aside)
+        (aside / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings)

@@ -1,0 +1,72 @@
+"""How every entry script reads its settings and reports what goes wrong.
+
+    @dataclass
+    class Settings:
+        out_dir: Path
+        seed: int = 1
+
+    def main(settings: Settings) -> None: ...
+
+    if __name__ == "__main__":
+        cli.run(main, Settings)
+
+``--config FILE`` may be given several times: later files, and then the other
+options, win. A nested field is ``--a.b value``; an unknown key is an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from mvqkd.errors import RecipeError
+
+T = TypeVar("T")
+
+
+def parse(settings_class: type[T], args: Sequence[str] | None = None) -> tuple[T, bool]:
+    """Read ``args`` (default: the command line) into ``settings_class``.
+
+    Returns the settings and whether ``--debug`` was given.
+
+    Raises:
+      RecipeError: an unknown or missing key, or a value of the wrong type.
+    """
+    parser = ArgumentParser(
+        exit_on_error=False, allow_abbrev=False, description=settings_class.__doc__
+    )
+    parser.add_argument("--config", action="config", help="a YAML file; may be given again")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_class_arguments(settings_class, fail_untyped=True)
+    try:
+        namespace = parser.parse_args(args)
+    except ArgumentError as error:
+        raise RecipeError(_one_line(str(error))) from error
+    debug = namespace.pop("debug")
+    namespace.pop("config")
+    values = parser.instantiate_classes(namespace)
+    return settings_class(**values.as_dict()), debug
+
+
+def _one_line(message: str) -> str:
+    return "; ".join(line.strip(" -") for line in message.splitlines() if line.strip())
+
+
+def run(main: Callable[[T], None], settings_class: type[T]) -> None:
+    """Parse the command line, call ``main`` and exit: 0, or 1 after one line on stderr."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    debug = "--debug" in sys.argv
+    try:
+        settings, debug = parse(settings_class)
+        main(settings)
+    except RecipeError as error:
+        if debug:
+            raise
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

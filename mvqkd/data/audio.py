@@ -1,0 +1,75 @@
+"""Batches of waveforms and transcripts for the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from lhotse import CutSet
+from lhotse.dataset import DynamicBucketingSampler
+
+from mvqkd.errors import RecipeError
+
+
+@dataclass
+class AudioBatch:
+    """B utterances of 16 kHz speech."""
+
+    ids: list[str]
+    waveforms_BL: torch.Tensor
+    lengths_B: torch.Tensor
+    texts: list[str]
+
+
+def load_audio(cut) -> np.ndarray:
+    """Samples (L,) of ``cut``.
+
+    Raises:
+      RecipeError: the audio is missing or cannot be decoded.
+    """
+    try:
+        return cut.load_audio()[0]
+    except Exception as error:  # lhotse's backends raise their own kinds
+        source = cut.recording.sources[0].source
+        reason = str(error).splitlines()[0][:120]
+        raise RecipeError(
+            f"{source}: cut {cut.id} cannot be read ({type(error).__name__}: {reason}); "
+            "restore the file, or make the manifests again"
+        ) from error
+
+
+def collate_audio(cuts: CutSet, cache: dict[str, np.ndarray] | None = None) -> AudioBatch:
+    """Load and pad; ``cache`` keeps 16-bit samples by cut id."""
+    waves = []
+    for cut in cuts:
+        samples_L = cache.get(cut.id) if cache is not None else None
+        if samples_L is None:
+            samples_L = np.round(load_audio(cut) * 32768).clip(-32768, 32767).astype(np.int16)
+            if cache is not None:
+                cache[cut.id] = samples_L
+        waves.append(torch.from_numpy(samples_L).float() / 32768)
+    return AudioBatch(
+        ids=[cut.id for cut in cuts],
+        waveforms_BL=torch.nn.utils.rnn.pad_sequence(waves, batch_first=True),
+        lengths_B=torch.tensor([len(w) for w in waves]),
+        texts=[cut.supervisions[0].text if cut.supervisions else "" for cut in cuts],
+    )
+
+
+def bucketed_batches(
+    cuts: CutSet, max_duration: float, seed: int, epoch: int, num_buckets: int = 20
+) -> Iterator[CutSet]:
+    """Batches of like durations, in an order that depends on (seed, epoch) alone."""
+    sampler = DynamicBucketingSampler(
+        cuts,
+        max_duration=max_duration,
+        shuffle=True,
+        seed=seed,
+        num_buckets=min(num_buckets, max(2, len(cuts) // 20)),
+        rank=0,
+        world_size=1,
+    )
+    sampler.set_epoch(epoch)
+    return iter(sampler)

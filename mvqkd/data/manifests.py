@@ -1,0 +1,121 @@
+"""From a corpus in LibriSpeech's layout to lhotse cuts, one file a part."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from lhotse import CutSet
+from lhotse.recipes import prepare_librispeech
+
+from mvqkd.errors import RecipeError
+from mvqkd.files import require, written_aside
+
+SAMPLE_RATE = 16000
+
+
+@dataclass
+class CheckSettings:
+    """What of a corpus may be bad before it is refused."""
+
+    # Share of a part's utterances that may be broken; they are left out and listed.
+    max_bad_share: float = 0.01
+    min_seconds: float = 0.1
+
+
+def _what_is_wrong(path: Path, text: str, settings: CheckSettings) -> str | None:
+    if not text:
+        return "empty transcript; write what is said, or remove the line"
+    if not path.exists():
+        return "no such file; restore it, or remove its line from the transcripts"
+    try:
+        audio_L, rate = soundfile.read(path, dtype="int16")
+    except soundfile.LibsndfileError as error:
+        return f"cannot be decoded ({error.error_string.strip()}); fetch it again"
+    if rate != SAMPLE_RATE:
+        return f"sampled at {rate} Hz; resample it to {SAMPLE_RATE}"
+    if audio_L.ndim != 1:
+        return f"has {audio_L.shape[1]} channels; mix it to one"
+    if len(audio_L) < settings.min_seconds * rate:
+        return f"only {len(audio_L) / rate:.3f} s long; remove it"
+    if not np.any(audio_L):
+        return "silent from start to end; record it again, or remove it"
+    return None
+
+
+def check_part(folder: Path, settings: CheckSettings) -> dict[str, str]:
+    """Look at every utterance of ``folder``, a part in LibriSpeech's layout.
+
+    Returns what is wrong by utterance id.
+
+    Raises:
+      RecipeError: the part is missing or empty, or too much of it is bad.
+    """
+    require(folder, "make or download the corpus again")
+    utterances: list[tuple[str, Path, str]] = []
+    for transcripts in sorted(folder.rglob("*.trans.txt")):
+        for line in transcripts.read_text().splitlines():
+            if line.strip():
+                name, _, text = line.strip().partition(" ")
+                utterances.append((name, transcripts.parent / f"{name}.flac", text.strip()))
+    if not utterances:
+        raise RecipeError(f"{folder}: has no transcripts (*.trans.txt); make the corpus again")
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda u: _what_is_wrong(u[1], u[2], settings), utterances)
+        bad = {u: reason for u, reason in zip(utterances, found) if reason}
+    if len(bad) > settings.max_bad_share * len(utterances):
+        (_, path, _), reason = next(iter(bad.items()))
+        raise RecipeError(
+            f"{path}: {reason} (and {len(bad) - 1} more of {len(utterances)} utterances in "
+            f"{folder} are bad, more than max_bad_share = {settings.max_bad_share})"
+        )
+    return {name: f"{path}: {reason}" for (name, path, _), reason in bad.items()}
+
+
+def prepare_part(corpus: Path, part: str, out: Path, settings: CheckSettings) -> CutSet:
+    """Write ``out``, the cuts of ``part``; bad utterances are left out and listed beside it."""
+    bad = check_part(corpus / part, settings)
+    # lhotse's reader splits a line into id and text, so it must not see empty ones.
+    manifests = _without_empty_transcripts(corpus, part, bad)
+    cuts = CutSet.from_manifests(**manifests).trim_to_supervisions(keep_overlapping=False)
+    cuts = CutSet.from_cuts(
+        sorted((c for c in cuts if c.recording_id not in bad), key=lambda c: c.id)
+    )
+    if bad:
+        listing = out.with_name(f"bad-utterances-{part}.txt")
+        listing.write_text("".join(f"{reason}\n" for reason in bad.values()))
+        logging.warning(f"{part}: {len(bad)} bad utterances left out, listed in {listing}")
+    with written_aside(out) as aside:
+        cuts.to_file(aside)
+    hours = sum(c.duration for c in cuts) / 3600
+    logging.info(f"{part}: {len(cuts)} utterances, {hours:.2f} hours")
+    return cuts
+
+
+def _without_empty_transcripts(corpus: Path, part: str, bad: dict[str, str]) -> dict:
+    if any("empty transcript" in reason for reason in bad.values()):
+        raise RecipeError(next(r for r in bad.values() if "empty transcript" in r))
+    return prepare_librispeech(corpus, dataset_parts=part)[part]
+
+
+def read_cuts(path: Path) -> CutSet:
+    """The cuts of a manifest, in memory.
+
+    Raises:
+      RecipeError: the file is missing, empty or damaged, or names audio that is not there.
+    """
+    require(path, "run the stage that makes it")
+    try:
+        cuts = CutSet.from_file(path).to_eager()
+    except Exception as error:  # gzip, JSON and lhotse each raise their own
+        raise RecipeError(
+            f"{path}: cannot be read as a lhotse manifest ({type(error).__name__}: "
+            f"{str(error).splitlines()[0][:100]}); make it again"
+        ) from error
+    if len(cuts) == 0:
+        raise RecipeError(f"{path}: holds no cuts; make it again")
+    return cuts

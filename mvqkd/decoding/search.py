@@ -1,0 +1,327 @@
+"""Greedy and modified beam search for a transducer with a stateless predictor, in batches.
+
+Both searches keep their state between calls, so an utterance may arrive whole or chunk by chunk;
+the result is the same::
+
+    search = BeamSearch(model, beam=4)
+    for encoder_out_BTC, encoder_lens_B in chunks:
+        search.step(encoder_out_BTC, encoder_lens_B)
+    hypotheses = search.finish()
+
+Shape suffixes: B utterances, T encoder frames, C encoder channels, J joiner channels, V
+vocabulary (blank included), K hypotheses of a beam, U tokens the predictor looks back at
+(its ``context_size``), A utterances that still have a frame at the moment.
+
+What a model must have (the names are icefall's): ``decoder(y_BU, need_pad=False)`` -> (B, 1,
+decoder channels), ``decoder.blank_id``, ``decoder.context_size``, ``joiner.encoder_proj``,
+``joiner.decoder_proj`` and ``joiner(enc_BJ, dec_BJ, project_input=False)`` -> (B, V).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+# Multiplier of the rolling hash that identifies a token sequence: odd, so that no bit is lost
+# (Knuth's for 64-bit congruential generators).
+_HASH_MULTIPLIER = 6364136223846793005
+
+
+@dataclass
+class Hypothesis:
+    """What was recognised in one utterance.
+
+    ``frames[i]`` is the encoder frame, counted from the start of the utterance, at which
+    ``tokens[i]`` was emitted. ``log_prob`` is the natural logarithm of the probability that the
+    search gave to the token sequence: of the one best path in greedy search, summed over the
+    paths that it kept in beam search.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    frames: list[int] = field(default_factory=list)
+    log_prob: float = 0.0
+
+
+class _Search:
+    """What both searches share: where the streams stand, and which of them have a frame now.
+
+    A step walks over the frames of a chunk with the streams sorted by length, so that at each
+    frame those that still have one are a leading slice of every state tensor.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.blank = model.decoder.blank_id
+        self.context_size = model.decoder.context_size
+        self.batch_size: int | None = None
+
+    @torch.no_grad()
+    def step(self, encoder_out_BTC: Tensor, encoder_lens_B: Tensor) -> None:
+        """Take in the next frames of every stream.
+
+        Args:
+          encoder_out_BTC: encoder output; what lies past ``encoder_lens_B`` is not read.
+          encoder_lens_B: valid frames of each stream in this call, 0 for one that has ended.
+        Raises:
+          ValueError: the number of streams differs from that of the calls before.
+        """
+        B = encoder_out_BTC.size(0)
+        if self.batch_size is None:
+            self.batch_size = B
+            self.frames_seen_B = torch.zeros(B, dtype=torch.int64)
+            self._start(encoder_out_BTC)
+        elif self.batch_size != B:
+            raise ValueError(f"a search over {self.batch_size} streams was given {B}")
+
+        lens_B = encoder_lens_B.to("cpu", torch.int64)
+        sorted_lens_B, order_B = torch.sort(lens_B, descending=True, stable=True)
+        T = int(sorted_lens_B[0]) if B else 0
+        if T > 0:
+            active_T = (sorted_lens_B[None, :] > torch.arange(T)[:, None]).sum(1).tolist()
+            order_B = order_B.to(encoder_out_BTC.device)
+            # One product for the whole chunk; frames lead, so that a frame is one block.
+            encoder_out_TBC = encoder_out_BTC[order_B, :T].transpose(0, 1)
+            self._advance(self.model.joiner.encoder_proj(encoder_out_TBC), active_T, order_B)
+        self.frames_seen_B = self.frames_seen_B + lens_B
+
+    def _predict(self, context_NU: Tensor) -> Tensor:
+        """Predictor output for the contexts, projected for the joiner: (N, J)."""
+        return self.model.joiner.decoder_proj(self.model.decoder(context_NU, need_pad=False)[:, 0])
+
+    def _log_probs(self, encoder_NJ: Tensor, predictor_NJ: Tensor) -> Tensor:
+        """(N, V) in float32: in half precision the sums over frames would be too coarse."""
+        logits_NV = self.model.joiner(encoder_NJ, predictor_NJ, project_input=False)
+        return logits_NV.log_softmax(dim=-1, dtype=torch.float32)
+
+    def _start(self, encoder_out_BTC: Tensor) -> None:
+        raise NotImplementedError
+
+    def _advance(self, encoder_TBJ: Tensor, active_T: list[int], order_B: Tensor) -> None:
+        raise NotImplementedError
+
+    def partial(self) -> list[Hypothesis]:
+        """The best hypothesis of each stream so far; the search may go on."""
+        raise NotImplementedError
+
+    def finish(self) -> list[Hypothesis]:
+        """The final hypothesis of each stream; the search is then ready for other streams."""
+        hypotheses = self.partial()
+        self.batch_size = None
+        return hypotheses
+
+
+class GreedySearch(_Search):
+    """Take the likeliest symbol at each frame (of the transducer of Graves, arXiv 1211.3711).
+
+    Args:
+      model: the transducer, in evaluation mode.
+      max_sym_per_frame: tokens that one frame may emit; after so many the frame is left as if
+        blank had come. 1 is what the modified transducer topology of the beam search allows.
+    """
+
+    def __init__(self, model: nn.Module, max_sym_per_frame: int = 1):
+        super().__init__(model)
+        if max_sym_per_frame < 1:
+            raise ValueError(f"max_sym_per_frame is {max_sym_per_frame}; it must be 1 or more")
+        self.max_sym_per_frame = max_sym_per_frame
+
+    def _start(self, encoder_out_BTC: Tensor) -> None:
+        B, device = encoder_out_BTC.size(0), encoder_out_BTC.device
+        self.context_BU = torch.full((B, self.context_size), self.blank, device=device)
+        self.predictor_BJ = self._predict(self.context_BU)
+        self.log_prob_B = torch.zeros(B, device=device)
+        self.emitted: list[Hypothesis] = [Hypothesis() for _ in range(B)]
+
+    def _advance(self, encoder_TBJ: Tensor, active_T: list[int], order_B: Tensor) -> None:
+        context_BU, predictor_BJ = self.context_BU[order_B], self.predictor_BJ[order_B]
+        log_prob_B = self.log_prob_B[order_B]
+        blanks_B = torch.full_like(context_BU[:, 0], self.blank)
+        symbols, frames = [], []
+        for t, A in enumerate(active_T):
+            live_A = None  # streams that have not taken blank at this frame; None: all
+            for _ in range(self.max_sym_per_frame):
+                log_probs_AV = self._log_probs(encoder_TBJ[t, :A], predictor_BJ[:A])
+                best_A, symbol_A = log_probs_AV.max(dim=-1)
+                if live_A is not None:
+                    best_A = best_A.masked_fill(~live_A, 0.0)
+                    symbol_A = symbol_A.masked_fill(~live_A, self.blank)
+                log_prob_B[:A] += best_A
+                live_A = symbol_A != self.blank
+                rows = live_A.nonzero()[:, 0]
+                if rows.numel() == 0:
+                    break
+                shifted = torch.cat([context_BU[rows, 1:], symbol_A[rows, None]], dim=1)
+                context_BU[rows] = shifted
+                predictor_BJ[rows] = self._predict(shifted)
+                symbols.append(torch.cat([symbol_A, blanks_B[A:]]))
+                frames.append(t)
+
+        inverse_B = order_B.argsort()
+        self.context_BU, self.predictor_BJ = context_BU[inverse_B], predictor_BJ[inverse_B]
+        self.log_prob_B = log_prob_B[inverse_B]
+        if symbols:
+            # One transfer a chunk, so that a GPU is not waited for at each token.
+            symbols_NB = torch.stack(symbols)[:, inverse_B].cpu()
+            for n, b in (symbols_NB != self.blank).nonzero().tolist():
+                self.emitted[b].tokens.append(int(symbols_NB[n, b]))
+                self.emitted[b].frames.append(int(self.frames_seen_B[b]) + frames[n])
+
+    def partial(self) -> list[Hypothesis]:
+        if self.batch_size is None:
+            return []
+        return [
+            Hypothesis(list(emitted.tokens), list(emitted.frames), log_prob)
+            for emitted, log_prob in zip(self.emitted, self.log_prob_B.tolist())
+        ]
+
+
+class BeamSearch(_Search):
+    """Modified beam search: at most one token a frame, equal token sequences merged.
+
+    At each frame the ``beam`` best of all extensions of all hypotheses (blank, or one token) are
+    kept; those with the same tokens become one, with their probabilities added. At the end the
+    hypothesis with the best log probability per symbol wins, where the blanks that the predictor
+    starts from are counted as symbols. This is icefall's ``modified_beam_search``; the topology
+    is the monotonic transducer's (Tripathi et al., "Monotonic recurrent neural network
+    transducer and decoding strategies", ASRU 2019).
+
+    Args:
+      model: the transducer, in evaluation mode.
+      beam: hypotheses kept per stream.
+    """
+
+    def __init__(self, model: nn.Module, beam: int = 4):
+        super().__init__(model)
+        if beam < 1:
+            raise ValueError(f"beam is {beam}; it must be 1 or more")
+        self.beam = beam
+
+    def _start(self, encoder_out_BTC: Tensor) -> None:
+        B, K, device = encoder_out_BTC.size(0), self.beam, encoder_out_BTC.device
+        self.context_BKU = torch.full((B, K, self.context_size), self.blank, device=device)
+        predictor_BJ = self._predict(self.context_BKU[:, 0])
+        self.predictor_BKJ = predictor_BJ[:, None].repeat(1, K, 1)
+        # A place of the beam that holds no hypothesis has log probability -inf.
+        self.log_prob_BK = torch.full((B, K), float("-inf"), device=device)
+        self.log_prob_BK[:, 0] = 0.0
+        self.num_tokens_BK = torch.zeros(B, K, dtype=torch.int64, device=device)
+        # A sequence is identified by a 64-bit hash, hash(y, v) = a * hash(y) + value(v) modulo
+        # 2^64: comparing tokens would cost more the longer the utterance. The number of tokens
+        # is compared too. With random values, two sequences in one beam are confused with
+        # probability about 2^-64.
+        self.hash_BK = torch.zeros(B, K, dtype=torch.int64, device=device)
+        self.hash_value_V: Tensor | None = None
+        # Per chunk: frames seen before it (B), and for each of its frames which place of the
+        # beam a hypothesis came from and the token that it added, blank for none (T, B, K).
+        self.history: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def _values(self, V: int, device: torch.device) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        low, high = -(2**63), 2**63 - 1
+        return torch.randint(low, high, (V,), generator=generator).to(device)
+
+    def _advance(self, encoder_TBJ: Tensor, active_T: list[int], order_B: Tensor) -> None:
+        K, U = self.beam, self.context_size
+        T, B, J = encoder_TBJ.shape
+        device = encoder_TBJ.device
+        context_BKU, predictor_BKJ = self.context_BKU[order_B], self.predictor_BKJ[order_B]
+        log_prob_BK, hash_BK = self.log_prob_BK[order_B], self.hash_BK[order_B]
+        num_tokens_BK = self.num_tokens_BK[order_B]
+        source_TBK = torch.arange(K, device=device).repeat(T, B, 1)
+        token_TBK = torch.full((T, B, K), self.blank, device=device)
+        earlier_KK = torch.ones(K, K, dtype=torch.bool, device=device).tril(-1)
+
+        for t, A in enumerate(active_T):
+            encoder_NJ = encoder_TBJ[t, :A, None].expand(A, K, J).reshape(A * K, J)
+            log_probs_NV = self._log_probs(encoder_NJ, predictor_BKJ[:A].reshape(A * K, J))
+            V = log_probs_NV.size(-1)
+            if self.hash_value_V is None:
+                self.hash_value_V = self._values(V, device)
+            log_probs_NV += log_prob_BK[:A].reshape(A * K, 1)
+            log_prob_AK, index_AK = log_probs_NV.view(A, K * V).topk(K, dim=-1)
+            source_AK = index_AK // V
+            token_AK = index_AK - source_AK * V
+            emits_AK = token_AK != self.blank
+
+            hash_AK = hash_BK[:A].gather(1, source_AK)
+            num_tokens_AK = num_tokens_BK[:A].gather(1, source_AK) + emits_AK
+            extended_AK = hash_AK * _HASH_MULTIPLIER + self.hash_value_V[token_AK]
+            hash_AK = torch.where(emits_AK, extended_AK, hash_AK)
+            rows_AK = source_AK + torch.arange(0, A * K, K, device=device)[:, None]
+            context_AKU = context_BKU[:A].reshape(A * K, U)[rows_AK]
+            predictor_AKJ = predictor_BKJ[:A].reshape(A * K, J)[rows_AK]
+
+            same_AKK = (hash_AK[:, :, None] == hash_AK[:, None, :]) & (
+                num_tokens_AK[:, :, None] == num_tokens_AK[:, None, :]
+            )
+            repeats_AK = (same_AKK & earlier_KK).any(dim=-1)
+            # The test costs less than the merge, which few frames need.
+            if repeats_AK.any():
+                # topk sorts, so the copy that stays, the first, is the likeliest: its frames
+                # are the ones reported.
+                total_AK = log_prob_AK[:, None].masked_fill(~same_AKK, float("-inf"))
+                log_prob_AK = total_AK.logsumexp(-1).masked_fill(repeats_AK, float("-inf"))
+
+            emitting = emits_AK.nonzero(as_tuple=True)
+            if emitting[0].numel() > 0:
+                shifted = torch.cat([context_AKU[emitting][:, 1:], token_AK[emitting][:, None]], 1)
+                context_AKU[emitting] = shifted
+                predictor_AKJ[emitting] = self._predict(shifted)
+
+            context_BKU[:A], predictor_BKJ[:A] = context_AKU, predictor_AKJ
+            log_prob_BK[:A], hash_BK[:A] = log_prob_AK, hash_AK
+            num_tokens_BK[:A] = num_tokens_AK
+            source_TBK[t, :A], token_TBK[t, :A] = source_AK, token_AK
+
+        inverse_B = order_B.argsort()
+        self.context_BKU, self.predictor_BKJ = context_BKU[inverse_B], predictor_BKJ[inverse_B]
+        self.log_prob_BK, self.hash_BK = log_prob_BK[inverse_B], hash_BK[inverse_B]
+        self.num_tokens_BK = num_tokens_BK[inverse_B]
+        self.history.append(
+            (self.frames_seen_B, source_TBK[:, inverse_B].cpu(), token_TBK[:, inverse_B].cpu())
+        )
+
+    def partial(self) -> list[Hypothesis]:
+        if self.batch_size is None:
+            return []
+        normalized_BK = self.log_prob_BK / (self.num_tokens_BK + self.context_size)
+        place_B = normalized_BK.argmax(dim=1)
+        log_probs = self.log_prob_BK.gather(1, place_B[:, None])[:, 0].tolist()
+
+        place_B, streams_B = place_B.cpu(), torch.arange(self.batch_size)
+        hypotheses = [Hypothesis(log_prob=log_prob) for log_prob in log_probs]
+        for frames_seen_B, source_TBK, token_TBK in reversed(self.history):
+            token_TB = torch.empty(token_TBK.shape[:2], dtype=torch.int64)
+            for t in range(token_TBK.size(0) - 1, -1, -1):
+                token_TB[t] = token_TBK[t, streams_B, place_B]
+                place_B = source_TBK[t, streams_B, place_B]
+            for t, b in (token_TB != self.blank).nonzero().flip(0).tolist():
+                hypotheses[b].tokens.append(int(token_TB[t, b]))
+                hypotheses[b].frames.append(int(frames_seen_B[b]) + t)
+        for hypothesis in hypotheses:
+            hypothesis.tokens.reverse()
+            hypothesis.frames.reverse()
+        return hypotheses
+
+
+def greedy_search_batch(
+    model: nn.Module,
+    encoder_out_BTC: Tensor,
+    encoder_lens_B: Tensor,
+    max_sym_per_frame: int = 1,
+) -> list[Hypothesis]:
+    """Greedy search over whole utterances; see `GreedySearch`."""
+    search = GreedySearch(model, max_sym_per_frame)
+    search.step(encoder_out_BTC, encoder_lens_B)
+    return search.finish()
+
+
+def modified_beam_search(
+    model: nn.Module, encoder_out_BTC: Tensor, encoder_lens_B: Tensor, beam: int = 4
+) -> list[Hypothesis]:
+    """Modified beam search over whole utterances; see `BeamSearch`."""
+    search = BeamSearch(model, beam)
+    search.step(encoder_out_BTC, encoder_lens_B)
+    return search.finish()

@@ -1,0 +1,255 @@
+"""Layers of the reworked Conformer: learned scales instead of layer norm.
+
+The published recipe (icefall, ``pruned_transducer_stateless6``) multiplies every weight and bias
+by the exponential of a learned scalar, so that the optimizer moves the scale of a matrix as fast
+as its direction, and keeps activations in range with :class:`ActivationBalancer`. Parameter names
+are the recipe's, so that its checkpoints load by name.
+
+Shapes: B utterances, T frames, C channels, F feature bins.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Elements worked on at once by the element-wise CPU code below. 32 k floats are 128 KiB: input,
+# output and temporaries stay in the second-level cache, and the passes over them cost arithmetic
+# instead of memory traffic.
+_CACHE_BLOCK = 32768
+
+
+def _init_scaled(module: nn.Module, initial_scale: float, initial_speed: float) -> None:
+    """Draw ``module.weight`` and set its scales so that the layer starts at ``initial_scale``.
+
+    The weight is uniform with standard deviation 0.1 / initial_speed: a smaller stored weight
+    learns faster under Eve, whose steps do not depend on the size of the weight.
+    """
+    std = 0.1 / initial_speed
+    bound = 3**0.5 * std
+    weight = module.weight
+    with torch.no_grad():
+        weight.uniform_(-bound, bound)
+        fan_in = weight[0].numel()
+        scale = math.log(initial_scale) + math.log(fan_in**-0.5 / std)
+        module.weight_scale = nn.Parameter(torch.tensor(scale))
+        if module.bias is not None:
+            module.bias.zero_()
+            module.bias_scale = nn.Parameter(torch.tensor(math.log(initial_scale)))
+        else:
+            module.register_parameter("bias_scale", None)
+
+
+class _Scaled:
+    """Mix-in: the weight and bias in use, of a module with ``weight_scale`` and ``bias_scale``."""
+
+    def scaled_weight(self) -> Tensor:
+        return self.weight * self.weight_scale.exp()
+
+    def scaled_bias(self) -> Tensor | None:
+        return None if self.bias is None else self.bias * self.bias_scale.exp()
+
+
+class ScaledLinear(_Scaled, nn.Linear):
+    """``nn.Linear`` with weight ``weight * exp(weight_scale)``, bias ``bias * exp(bias_scale)``.
+
+    Args:
+      initial_scale: factor on the usual initial output (0.25 for the last layer of a sub-module).
+      initial_speed: above 1 the weight starts smaller and is learned faster, below 1 slower.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        initial_scale: float = 1.0,
+        initial_speed: float = 1.0,
+    ):
+        super().__init__(in_features, out_features, bias=bias)
+        _init_scaled(self, initial_scale, initial_speed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.scaled_weight(), self.scaled_bias())
+
+
+class ScaledConv1d(_Scaled, nn.Conv1d):
+    """``nn.Conv1d`` with scales, see :class:`ScaledLinear`; takes (B, C, T)."""
+
+    def __init__(self, *args, initial_scale: float = 1.0, initial_speed: float = 1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        _init_scaled(self, initial_scale, initial_speed)
+
+    def forward(self, x_BCT: Tensor) -> Tensor:
+        return self._conv_forward(x_BCT, self.scaled_weight(), self.scaled_bias())
+
+
+class ScaledConv2d(_Scaled, nn.Conv2d):
+    """``nn.Conv2d`` with scales, see :class:`ScaledLinear`; takes (B, C, T, F)."""
+
+    def __init__(self, *args, initial_scale: float = 1.0, initial_speed: float = 1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        _init_scaled(self, initial_scale, initial_speed)
+
+    def forward(self, x_BCTF: Tensor) -> Tensor:
+        return self._conv_forward(x_BCTF, self.scaled_weight(), self.scaled_bias())
+
+
+class ScaledEmbedding(nn.Module):
+    """``nn.Embedding`` whose rows are multiplied by ``exp(scale)``.
+
+    The rows start normal with standard deviation 0.1 and the scale at log 10. Blank has a row
+    like any other: as the start of every utterance it is learned too.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int):
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.weight = nn.Parameter(torch.randn(num_embeddings, embedding_dim) * 0.1)
+
+    def forward(self, indexes: Tensor) -> Tensor:
+        """int64 indexes of any shape -> the same shape with ``embedding_dim`` appended."""
+        return F.embedding(indexes, self.weight) * self.scale.exp()
+
+
+class BasicNorm(nn.Module):
+    """``x * (mean(x²) + exp(eps))^-0.5`` over the last dimension.
+
+    Unlike layer norm it removes no mean and has no gain, and through the learned eps a small
+    input stays small. ``eps`` starts at log ``initial_eps``; with ``learn_eps=False`` it is a
+    buffer.
+    """
+
+    def __init__(self, initial_eps: float = 0.25, learn_eps: bool = True):
+        super().__init__()
+        eps = torch.tensor(math.log(initial_eps))
+        if learn_eps:
+            self.eps = nn.Parameter(eps)
+        else:
+            self.register_buffer("eps", eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.square().mean(dim=-1, keepdim=True) + self.eps.exp()).rsqrt()
+
+
+class _DoubleSwishFunction(torch.autograd.Function):
+    # Only the derivative is kept: with s = sigmoid(x - 1) and y = x s it is s + y (1 - s), a few
+    # cheap passes while s is at hand, so that backward is a product. Autograd would keep three.
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        y, derivative = torch.empty_like(x), torch.empty_like(x)
+        if x.is_cuda or x.numel() <= _CACHE_BLOCK:
+            blocks = [(x, y, derivative, torch.empty_like(x))]
+        else:
+            s = x.new_empty(_CACHE_BLOCK)
+            blocks = [
+                (x_block, y_block, d_block, s[: x_block.numel()])
+                for x_block, y_block, d_block in zip(_blocks(x), _blocks(y), _blocks(derivative))
+            ]
+        for x_block, y_block, d_block, s_block in blocks:
+            torch.sub(x_block, 1.0, out=s_block).sigmoid_()
+            torch.mul(x_block, s_block, out=y_block)
+            torch.add(y_block, s_block, out=d_block).addcmul_(y_block, s_block, value=-1.0)
+        ctx.save_for_backward(derivative)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (derivative,) = ctx.saved_tensors
+        return grad * derivative
+
+
+def _blocks(x: Tensor) -> tuple[Tensor, ...]:
+    """``x`` in its memory order, in flat blocks of ``_CACHE_BLOCK`` elements (views)."""
+    return x.as_strided((x.numel(),), (1,)).split(_CACHE_BLOCK)
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or (
+        x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+class DoubleSwish(nn.Module):
+    """``x * sigmoid(x - 1)``, close to ``swish(swish(x))``; keeps one tensor for backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _is_dense(x):
+            x = x.contiguous()
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _DoubleSwishFunction.apply(x)
+        return x * (x - 1.0).sigmoid()
+
+
+class _BalancerFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, balancer: ActivationBalancer, strength: float) -> Tensor:
+        dims = [d for d in range(x.dim()) if d != balancer.channel_dim % x.dim()]
+        positive = (x > 0).to(torch.float32).mean(dim=dims, keepdim=True)
+        mean_abs = torch.linalg.vector_norm(x, 1, dim=dims, keepdim=True, dtype=torch.float32)
+        mean_abs /= x.numel() // mean_abs.numel()
+        low, high = balancer.min_positive, balancer.max_positive
+        factor = torch.zeros_like(positive)
+        if low > 0.0:
+            factor += (low - positive).relu() * (strength / low)
+        if high < 1.0:
+            factor -= (positive - high).relu() * (strength / (1.0 - high))
+        scale = (mean_abs < balancer.min_abs).float() - (mean_abs > balancer.max_abs).float()
+        ctx.save_for_backward(x, factor, scale * strength)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, factor, scale = ctx.saved_tensors
+        # A positive value is pushed by factor + scale, a negative one by factor - scale.
+        push = torch.where(x > 0, (factor + scale).to(grad.dtype), (factor - scale).to(grad.dtype))
+        return torch.addcmul(grad, grad.abs(), push, value=-1.0), None, None
+
+
+class ActivationBalancer(nn.Module):
+    """Identity whose gradient pushes each channel towards a range of signs and sizes.
+
+    In training the gradient becomes ``grad - |grad| * (factor + scale * sign(x))`` with, per
+    channel, over all other dimensions (padding included): factor positive while the share of
+    positive values is below ``min_positive``, negative while it is above ``max_positive``; scale
+    positive while the mean absolute value is below ``min_abs``, negative above ``max_abs``.
+
+    Args:
+      channel_dim: the dimension that holds the channels.
+      max_factor: the greatest expected strength of each push.
+      balance_prob: the probability with which a call is balanced, with strength
+        ``max_factor / balance_prob``. It may be changed at any time: 0 switches the balancer
+        off, 1 has it always on. Drawn from torch's default CPU generator, so that a restored
+        generator state repeats the run.
+    """
+
+    def __init__(
+        self,
+        channel_dim: int,
+        min_positive: float = 0.05,
+        max_positive: float = 0.95,
+        max_factor: float = 0.01,
+        min_abs: float = 0.2,
+        max_abs: float = 100.0,
+        balance_prob: float = 0.25,
+    ):
+        super().__init__()
+        self.channel_dim = channel_dim
+        self.min_positive = min_positive
+        self.max_positive = max_positive
+        self.max_factor = max_factor
+        self.min_abs = min_abs
+        self.max_abs = max_abs
+        self.balance_prob = balance_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.balance_prob > 0.0 and x.requires_grad):
+            return x
+        if self.balance_prob < 1.0 and torch.rand(()).item() >= self.balance_prob:
+            return x
+        return _BalancerFunction.apply(x, self, self.max_factor / self.balance_prob)

@@ -1,0 +1,136 @@
+"""CTC training of a HuBERT on transcribed speech: a `Task` of the training loop.
+
+B: utterances, T: frames, V: symbols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import kaldialign
+import numpy as np
+import torch
+from lhotse import CutSet
+from torch.nn import functional as F
+from transformers import HubertConfig, HubertForCTC
+
+from mvqkd.data.audio import AudioBatch, bucketed_batches, collate_audio
+from mvqkd.errors import RecipeError
+from mvqkd.teachers.front_end import initialize_filterbank
+from mvqkd.teachers.hubert import HubertTeacher
+
+SYMBOLS = ["<pad>", "|", "'", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+
+
+@dataclass
+class HubertSettings:
+    """Keys of transformers' HubertConfig, beyond its defaults."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    # Start the first two convolutions as a filterbank.
+    filterbank_init: bool = True
+
+
+def new_hubert(settings: HubertSettings, seed: int) -> HubertTeacher:
+    """A HuBERT with a CTC head and random weights."""
+    torch.manual_seed(seed)
+    try:
+        config = HubertConfig(vocab_size=len(SYMBOLS), pad_token_id=0, **settings.config)
+        model = HubertForCTC(config)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"teacher conf, hubert.config: {str(error).splitlines()[0]}") from error
+    if settings.filterbank_init:
+        initialize_filterbank(model, seed)
+    return HubertTeacher(model, do_normalize=True, vocabulary=SYMBOLS)
+
+
+class CtcTask:
+    """Fine-tune ``teacher`` on ``train_cuts``."""
+
+    def __init__(
+        self,
+        teacher: HubertTeacher,
+        train_cuts: CutSet,
+        dev_cuts: dict[str, CutSet],
+        max_duration: float,
+        seed: int,
+        device: torch.device,
+        mask_inputs: bool,
+    ) -> None:
+        self.model = teacher
+        self.epoch_seconds = sum(c.duration for c in train_cuts)
+        self._cuts, self._dev_cuts = train_cuts, dev_cuts
+        self._max_duration, self._seed, self._device = max_duration, seed, device
+        self._mask_inputs = mask_inputs
+        self._symbol_ids = {symbol: index for index, symbol in enumerate(teacher.vocabulary)}
+        self._cache: dict[str, np.ndarray] = {}
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[AudioBatch, float]]:
+        batches = bucketed_batches(self._cuts, self._max_duration, self._seed, epoch)
+        for index, cuts in enumerate(batches):
+            if index >= start:
+                yield collate_audio(cuts, self._cache), sum(c.duration for c in cuts)
+
+    def _targets(self, batch: AudioBatch) -> list[list[int]]:
+        targets = []
+        for name, text in zip(batch.ids, batch.texts):
+            try:
+                targets.append([self._symbol_ids[s] for s in text.upper().replace(" ", "|")])
+            except KeyError as error:
+                raise RecipeError(
+                    f"cut {name}: its transcript has {error}, which is no symbol of the teacher; "
+                    "normalize the transcripts"
+                ) from error
+        return targets
+
+    def loss(
+        self, batch: AudioBatch, step: int, warmup: float
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        logits_BTV, frames_B = self.model.ctc_logits(
+            batch.waveforms_BL.to(self._device), batch.lengths_B.to(self._device), self._mask_inputs
+        )
+        targets = self._targets(batch)
+        log_probs_TBV = logits_BTV.float().log_softmax(-1).transpose(0, 1)
+        loss = F.ctc_loss(
+            log_probs_TBV,
+            torch.tensor([s for t in targets for s in t], device=self._device),
+            frames_B,
+            torch.tensor([len(t) for t in targets], device=self._device),
+            reduction="sum",
+            zero_infinity=True,
+        )
+        num_symbols = sum(map(len, targets))
+        return loss / num_symbols, {"ctc": loss.item(), "weight": num_symbols}
+
+    def validate(self) -> dict[str, float]:
+        return {
+            f"wer-{name}": word_error_rate(transcribe_cuts(self.model, cuts, self._device))
+            for name, cuts in self._dev_cuts.items()
+        }
+
+    def describe(self, batch: AudioBatch) -> str:
+        return ", ".join(batch.ids)
+
+
+Results = list[tuple[str, list[str], list[str]]]
+
+
+def transcribe_cuts(
+    teacher: HubertTeacher, cuts: CutSet, device: torch.device, max_duration: float = 100
+) -> Results:
+    """(cut id, reference words, hypothesis words) of each cut, by greedy CTC."""
+    results: Results = []
+    for batch_cuts in bucketed_batches(cuts, max_duration, seed=0, epoch=0):
+        batch = collate_audio(batch_cuts)
+        texts = teacher.transcribe(batch.waveforms_BL.to(device), batch.lengths_B.to(device))
+        for name, reference, text in zip(batch.ids, batch.texts, texts):
+            results.append((name, reference.split(), text.split()))
+    return sorted(results)
+
+
+def word_error_rate(results: Results) -> float:
+    """Percent."""
+    errors = sum(kaldialign.edit_distance(ref, hyp)["total"] for _, ref, hyp in results)
+    return 100 * errors / sum(len(ref) for _, ref, _ in results)

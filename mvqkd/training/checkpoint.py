@@ -1,0 +1,58 @@
+"""Checkpoints: plain tensors and numbers, loaded with ``weights_only=True``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mvqkd.errors import RecipeError
+from mvqkd.files import require, written_aside
+
+
+def save_checkpoint(path: Path, **entries: Any) -> None:
+    """Write ``entries`` aside and rename: a file that exists is whole."""
+    with written_aside(path) as aside:
+        torch.save(entries, aside)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What `save_checkpoint` wrote, on the CPU.
+
+    Raises:
+      RecipeError: the file is missing, cut short, or no checkpoint.
+    """
+    require(path, "run the stage that makes it")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever its unpickler and zip reader do
+        reason = str(error).splitlines()[0][:120]
+        raise RecipeError(
+            f"{path}: cannot be read as a checkpoint ({reason}); "
+            "remove it, and the stage goes on from the one before it or starts anew"
+        ) from error
+
+
+def averaged_weights(folder: Path, epoch: int, avg: int) -> dict[str, torch.Tensor]:
+    """Mean of the weights over the last ``avg`` epochs up to ``epoch``.
+
+    ``model_avg`` of epoch e is the mean over all steps up to e, so the mean over
+    the epochs (epoch - avg, epoch] is the difference of two of them, weighted by
+    their steps, taken here as proportional to the epochs; ``avg`` 0 takes the
+    last weights as they are, and ``avg`` >= ``epoch`` the whole run.
+    """
+    last = load_checkpoint(folder / f"epoch-{epoch}.pt")
+    if avg == 0:
+        return last["model"]
+    if avg >= epoch:
+        return last["model_avg"]
+    first = load_checkpoint(folder / f"epoch-{epoch - avg}.pt")["model_avg"]
+    mean = {}
+    for name, value in last["model_avg"].items():
+        if value.is_floating_point():
+            total = value.double() * epoch - first[name].double() * (epoch - avg)
+            mean[name] = (total / avg).to(value.dtype)
+        else:
+            mean[name] = value
+    return mean

@@ -1,0 +1,198 @@
+"""The searches against plain Python written from the definition, one utterance at a time."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from mvqkd.decoding.search import (
+    BeamSearch,
+    GreedySearch,
+    greedy_search_batch,
+    modified_beam_search,
+)
+from mvqkd.students.transducer import BLANK
+from tests.decoding.random_transducer import CONTEXT, ENCODER_DIM, random_transducer
+
+
+def make(vocab_size=7, lens=(19, 12, 1, 0, 25), seed=0, **kwargs):
+    model = random_transducer(seed, vocab_size, **kwargs)
+    return model, torch.randn(len(lens), max(lens), ENCODER_DIM), torch.tensor(lens)
+
+
+@torch.no_grad()
+def log_probs(model, frame_C, tokens):
+    """log P(symbol | frame, the last tokens), straight from the modules."""
+    context = ([BLANK] * CONTEXT + list(tokens))[-CONTEXT:]
+    predictor = model.decoder(torch.tensor([context]), need_pad=False)[:, 0]
+    joiner = model.joiner
+    logits = joiner(
+        joiner.encoder_proj(frame_C[None]), joiner.decoder_proj(predictor), project_input=False
+    )
+    return logits[0].log_softmax(-1).tolist()
+
+
+def reference_greedy(model, frames_TC, max_sym_per_frame=1):
+    tokens, places, score = [], [], 0.0
+    for t, frame_C in enumerate(frames_TC):
+        for _ in range(max_sym_per_frame):
+            scores = log_probs(model, frame_C, tokens)
+            symbol = max(range(len(scores)), key=scores.__getitem__)
+            score += scores[symbol]
+            if symbol == BLANK:
+                break
+            tokens.append(symbol)
+            places.append(t)
+    return tokens, places, score
+
+
+def reference_beam(model, frames_TC, beam):
+    hyps = {(): (0.0, ())}
+    for t, frame_C in enumerate(frames_TC):
+        extended = []
+        for tokens, (score, places) in hyps.items():
+            for symbol, log_prob in enumerate(log_probs(model, frame_C, tokens)):
+                if symbol == BLANK:
+                    extended.append((score + log_prob, tokens, places))
+                else:
+                    extended.append((score + log_prob, (*tokens, symbol), (*places, t)))
+        hyps = {}
+        for score, tokens, places in sorted(extended, key=lambda e: -e[0])[:beam]:
+            if tokens in hyps:
+                first, first_places = hyps[tokens]
+                hyps[tokens] = (math.log(math.exp(first) + math.exp(score)), first_places)
+            else:
+                hyps[tokens] = (score, places)
+    tokens, (score, places) = max(hyps.items(), key=lambda h: h[1][0] / (len(h[0]) + CONTEXT))
+    return list(tokens), list(places), score
+
+
+def check(hypotheses, expected):
+    assert [(h.tokens, h.frames) for h in hypotheses] == [(e[0], e[1]) for e in expected]
+    assert [h.log_prob for h in hypotheses] == pytest.approx([e[2] for e in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("max_sym_per_frame", [1, 3])
+def test_greedy_equals_plain_python(seed, max_sym_per_frame):
+    model, encoder_out_BTC, lens_B = make(seed=seed, blank_logit=0.0)
+    hypotheses = greedy_search_batch(model, encoder_out_BTC, lens_B, max_sym_per_frame)
+    expected = [
+        reference_greedy(model, x[:n], max_sym_per_frame) for x, n in zip(encoder_out_BTC, lens_B)
+    ]
+    assert sum(len(e[0]) for e in expected) > 10
+    check(hypotheses, expected)
+
+
+@pytest.mark.parametrize("beam", [1, 4, 9])
+@pytest.mark.parametrize("seed", range(4))
+def test_beam_equals_plain_python(seed, beam):
+    model, encoder_out_BTC, lens_B = make(seed=seed, sharpness=3.0)
+    hypotheses = modified_beam_search(model, encoder_out_BTC, lens_B, beam)
+    expected = [reference_beam(model, x[:n], beam) for x, n in zip(encoder_out_BTC, lens_B)]
+    assert sum(len(e[0]) for e in expected) > 4
+    check(hypotheses, expected)
+
+
+def test_a_beam_that_holds_everything_gives_exact_probabilities():
+    """Each sequence's probability is then the sum over all V^T paths that give it."""
+    T, V = 4, 3
+    model, encoder_out_BTC, lens_B = make(vocab_size=V, lens=(T,), sharpness=2.0)
+    exact = {}
+    for path in itertools.product(range(V), repeat=T):
+        tokens, score = (), 0.0
+        for frame_C, symbol in zip(encoder_out_BTC[0], path):
+            score += log_probs(model, frame_C, tokens)[symbol]
+            tokens = tokens if symbol == BLANK else (*tokens, symbol)
+        exact[tokens] = exact.get(tokens, 0.0) + math.exp(score)
+    best = max(exact, key=lambda tokens: math.log(exact[tokens]) / (len(tokens) + CONTEXT))
+
+    search = BeamSearch(model, beam=V**T)
+    search.step(encoder_out_BTC, lens_B)
+    found = search.log_prob_BK[0].isfinite()
+    assert int(found.sum()) == len(exact)
+    assert sorted(search.log_prob_BK[0][found].exp().tolist()) == pytest.approx(
+        sorted(exact.values()), abs=1e-6
+    )
+    (hypothesis,) = search.finish()
+    assert tuple(hypothesis.tokens) == best
+    assert hypothesis.log_prob == pytest.approx(math.log(exact[best]), abs=1e-5)
+
+
+SEARCHES = [GreedySearch, lambda model: GreedySearch(model, 2), BeamSearch]
+
+
+@pytest.mark.parametrize("search_of", SEARCHES)
+@pytest.mark.parametrize("chunk", [1, 4, 7])
+def test_chunks_equal_the_whole(search_of, chunk):
+    model, encoder_out_BTC, lens_B = make(sharpness=4.0)
+    search = search_of(model)
+    search.step(encoder_out_BTC, lens_B)
+    whole = search.finish()
+    assert max(len(h.tokens) for h in whole) > 5
+    # The same object serves the next batch.
+    for start in range(0, encoder_out_BTC.size(1), chunk):
+        part_BTC = encoder_out_BTC[:, start : start + chunk]
+        search.step(part_BTC, (lens_B - start).clamp(0, part_BTC.size(1)))
+    check(search.finish(), [(h.tokens, h.frames, h.log_prob) for h in whole])
+
+
+@pytest.mark.parametrize("search_of", SEARCHES)
+def test_streams_may_pause(search_of):
+    """A stream without frames in a call goes on in the next one; times count its own frames."""
+    model, encoder_out_BTC, _ = make(lens=(12, 12), sharpness=4.0)
+    search = search_of(model)
+    search.step(encoder_out_BTC, torch.tensor([12, 12]))
+    whole = search.finish()
+    search.step(encoder_out_BTC[:, :6], torch.tensor([6, 0]))
+    search.step(torch.stack([encoder_out_BTC[0, 6:], encoder_out_BTC[1, :6]]), torch.tensor([6, 6]))
+    search.step(torch.stack([encoder_out_BTC[0, :6], encoder_out_BTC[1, 6:]]), torch.tensor([0, 6]))
+    check(search.finish(), [(h.tokens, h.frames, h.log_prob) for h in whole])
+
+
+@pytest.mark.parametrize("search_of", SEARCHES)
+def test_a_hypothesis_does_not_depend_on_the_batch(search_of):
+    model, encoder_out_BTC, lens_B = make(sharpness=4.0)
+    # What lies past an utterance's end must not be looked at.
+    for x, n in zip(encoder_out_BTC, lens_B):
+        x[n:] = float("nan")
+    search = search_of(model)
+    search.step(encoder_out_BTC, lens_B)
+    together = search.finish()
+    for b, n in enumerate(lens_B.tolist()):
+        search.step(encoder_out_BTC[b : b + 1, :n], lens_B[b : b + 1])
+        check(search.finish(), [(together[b].tokens, together[b].frames, together[b].log_prob)])
+
+
+@pytest.mark.parametrize("search_of", SEARCHES)
+def test_partial_results_leave_the_search_as_it_was(search_of):
+    model, encoder_out_BTC, lens_B = make(lens=(20,), sharpness=4.0)
+    search = search_of(model)
+    assert search.partial() == []
+    search.step(encoder_out_BTC[:, :10], lens_B - 10)
+    first = search.partial()
+    assert first == search.partial()
+    search.step(encoder_out_BTC[:, 10:], lens_B - 10)
+    broken = search.finish()
+    search.step(encoder_out_BTC, lens_B)
+    assert broken == search.finish()
+
+
+def test_no_frames_at_all():
+    model, encoder_out_BTC, lens_B = make(lens=(0, 0))
+    for search in (GreedySearch(model), BeamSearch(model)):
+        search.step(encoder_out_BTC, lens_B)
+        assert [h.tokens for h in search.finish()] == [[], []]
+
+
+def test_wrong_use_is_refused():
+    model, encoder_out_BTC, lens_B = make()
+    with pytest.raises(ValueError, match="max_sym_per_frame is 0"):
+        GreedySearch(model, 0)
+    with pytest.raises(ValueError, match="beam is 0"):
+        BeamSearch(model, 0)
+    search = GreedySearch(model)
+    search.step(encoder_out_BTC, lens_B)
+    with pytest.raises(ValueError, match="5 streams was given 2"):
+        search.step(encoder_out_BTC[:2], lens_B[:2])
