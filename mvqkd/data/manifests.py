@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -79,8 +81,7 @@ def check_part(folder: Path, settings: CheckSettings) -> dict[str, str]:
 def prepare_part(corpus: Path, part: str, out: Path, settings: CheckSettings) -> CutSet:
     """Write ``out``, the cuts of ``part``; bad utterances are left out and listed beside it."""
     bad = check_part(corpus / part, settings)
-    # lhotse's reader splits a line into id and text, so it must not see empty ones.
-    manifests = _without_empty_transcripts(corpus, part, bad)
+    manifests = _lhotse_manifests(corpus, part, bad)
     cuts = CutSet.from_manifests(**manifests).trim_to_supervisions(keep_overlapping=False)
     cuts = CutSet.from_cuts(
         sorted((c for c in cuts if c.recording_id not in bad), key=lambda c: c.id)
@@ -96,10 +97,13 @@ def prepare_part(corpus: Path, part: str, out: Path, settings: CheckSettings) ->
     return cuts
 
 
-def _without_empty_transcripts(corpus: Path, part: str, bad: dict[str, str]) -> dict:
-    if any("empty transcript" in reason for reason in bad.values()):
-        raise RecipeError(next(r for r in bad.values() if "empty transcript" in r))
-    return prepare_librispeech(corpus, dataset_parts=part)[part]
+def _lhotse_manifests(corpus: Path, part: str, bad: dict[str, str]) -> dict:
+    # lhotse's reader takes every line apart into id and text, so an empty one stops it.
+    for reason in bad.values():
+        if "empty transcript" in reason:
+            raise RecipeError(reason)
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars that say nothing here
+        return prepare_librispeech(corpus, dataset_parts=part)[part]
 
 
 def read_cuts(path: Path) -> CutSet:

@@ -217,6 +217,16 @@ def _errors_and_words(results: Sequence[Result]) -> tuple[np.ndarray, np.ndarray
     return np.array(errors, dtype=np.int64), words_U
 
 
+def word_error_rate(results: Sequence[Result]) -> float:
+    """Percent.
+
+    Raises:
+      RecipeError: the references hold no word.
+    """
+    errors_U, words_U = _errors_and_words(results)
+    return 100.0 * errors_U.sum() / words_U.sum()
+
+
 def _bootstrap(count_U: np.ndarray, words_U: np.ndarray, seed: int, replications: int):
     """100 * sum(count) / sum(words) of test sets drawn from this one with replacement: (R,)."""
     U = len(words_U)

@@ -82,12 +82,11 @@ class SearchTables:
         self.offset_D = means_ND.sum(dim=0)
         self.centers_MD = (centers_NKD - means_ND[:, None]).reshape(N * K, D)
         gram_MM = self.centers_MD @ self.centers_MD.t()
-        self.half_sumsq_M = 0.5 * gram_MM.diagonal()
+        self.half_sumsq_M = 0.5 * gram_MM.diagonal().clone()
         # An entry replaces the one of its own codebook, so they never meet in a sum: with these
         # blocks zero, a sum over all codebooks is one over the other codebooks.
         blocks = gram_MM.view(N, K, N, K)
         each = torch.arange(N, device=gram_MM.device)
-        self.half_sumsq_M = self.half_sumsq_M.clone()
         blocks[each, :, each] = 0.0
         self.gram_MM = gram_MM
         self.first_N = torch.arange(0, N * K, K, device=gram_MM.device, dtype=torch.int32)
@@ -163,9 +162,7 @@ class SearchTables:
             # Moving both groups at once: what moving each gives, and the product of the moves
             # (candidate less current entry, which is the last row and column).
             product_PBAA = (
-                product_PBAA[:, :, :A, :A]
-                - product_PBAA[:, :, A:, :A]
-                - product_PBAA[:, :, :A, A:]
+                product_PBAA[:, :, :A, :A] - product_PBAA[:, :, A:, :A] - product_PBAA[:, :, :A, A:]
             )
             error_PBC = (
                 product_PBAA + error_PXBA[:, 0, :, :, None] + error_PXBA[:, 1, :, None, :]
@@ -201,9 +198,9 @@ class SearchTables:
 
         def numbers(*shape: int, step: int) -> Tensor:
             count = math.prod(shape)
-            return torch.arange(
-                0, count * step, step, device=gram.device, dtype=torch.int32
-            ).view(shape)
+            return torch.arange(0, count * step, step, device=gram.device, dtype=torch.int32).view(
+                shape
+            )
 
         # Sum over the first group's codebooks, then over the second's.
         rows = places_PXBA1L[:, 0] + numbers(P, L, B, step=J1).permute(0, 2, 1)[:, :, None]
@@ -452,7 +449,6 @@ class Quantizer(nn.Module):
         """
         centers_NKD = self.get_centers()
         centers_NKD = centers_NKD - centers_NKD.mean(dim=1, keepdim=True)
-        N, K, _ = centers_NKD.shape
         gram = torch.einsum("nkd,mld->nmkl", centers_NKD, centers_NKD)
         traces_NN = gram.square_().sum(dim=(2, 3))
         norms_N = traces_NN.diagonal().clamp(min=1.0e-30) ** -0.5

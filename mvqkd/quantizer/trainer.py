@@ -12,10 +12,9 @@ M = N * K.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,11 +26,13 @@ from torch.nn import functional as F
 
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
+from mvqkd.quantizer.diagnostics import check_frames
 from mvqkd.quantizer.quantizer import Quantizer
 
 _ENTROPY_SCALE = 0.01  # of the entropy term in the paper's loss
 _REPORT_ROUNDS = 5  # the RRL is reported for 0 to this many rounds
 _CHECKPOINT_SECONDS = 30.0
+_BLOCK_FRAMES = 16384  # read at a time from a file
 
 
 @dataclass
@@ -51,10 +52,13 @@ class QuantizerSettings:
       standardize: train on frames less their mean and divided by their overall deviation, and
         fold both into the finished quantizer, which takes plain frames. For layers whose
         values are very large or small; the least-squares trainer always does.
-      lsq_frames: frames that the least-squares trainer holds in memory, drawn at random.
+      lsq_frames: frames that the least-squares trainer uses and holds in memory, drawn at random.
       lsq_iters: its alternations.
-      lsq_ridge: weight of the penalty on squared centers, per frame of an average entry.
-      logits_iters: steps in which it fits the first guess, ``to_logits``.
+      lsq_rounds: rounds of the search in each.
+      lsq_pull: how strongly a center is held where it was, as a share of the frames of an average
+        entry. Without it the codebooks soon overlap so much that the search no longer finds good
+        indexes; the RRL then rises.
+      logits_iters: steps in which it fits the first guess, ``to_logits``, in the end.
     """
 
     num_codebooks: int = 8
@@ -67,9 +71,10 @@ class QuantizerSettings:
     lr: float = 0.005
     seed: int = 0
     standardize: bool = False
-    lsq_frames: int = 100_000
-    lsq_iters: int = 20
-    lsq_ridge: float = 0.01
+    lsq_frames: int = 50_000
+    lsq_iters: int = 5
+    lsq_rounds: int = 1
+    lsq_pull: float = 0.3
     logits_iters: int = 100
 
 
@@ -81,6 +86,10 @@ def _sub_size(codebook_size: int) -> int:
             "two smaller ones; use 16 or 256"
         )
     return root
+
+
+def _draw(generator: torch.Generator) -> float:
+    return torch.rand((), generator=generator).item()
 
 
 class QuantizerTrainer:
@@ -122,7 +131,6 @@ class QuantizerTrainer:
         self.phase_one_iters, self.phase_two_iters = phase_one_iters, phase_two_iters
         self.lr, self.device = lr, torch.device(device)
         self.cur_iter = 0
-        self.losses: dict[str, float] = {}
         self._generator = torch.Generator().manual_seed(seed)
         self.quantizer = Quantizer(
             dim, _sub_size(codebook_size), 2 * bytes_per_frame, self._generator
@@ -138,9 +146,9 @@ class QuantizerTrainer:
         return self.cur_iter >= self.num_steps
 
     def step(self, x: Tensor) -> None:
-        """One step on frames (*, D); ``losses`` holds its losses afterwards."""
+        """One step on frames (*, D)."""
         x_BD = x.reshape(-1, self.dim).to(self.device, torch.float32)
-        rounds = 1 + int(torch.rand((), generator=self._generator) < 0.5)
+        rounds = 2 if _draw(self._generator) < 0.5 else 1
         reconstruction, logprob, logits_entropy, index_entropy = self.quantizer.compute_loss(
             x_BD, rounds
         )
@@ -200,3 +208,458 @@ class QuantizerTrainer:
         self._init_optimizer(phase=1 if self.cur_iter <= self.phase_one_iters else 2)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+
+
+class LeastSquaresTrainer:
+    """Alternates the search with the least-squares solution for all centers at once.
+
+    Codebooks start as a product quantizer in the frames' principal axes, dealt out so that each
+    codebook gets about the same product of variances (Ge et al., "Optimized product
+    quantization", CVPR 2013): orthogonal codebooks are what the search is best at. Each step then
+    searches from the linear first guess, as an encoder will, solves for the centers with the
+    indexes held, each center pulled to where it was, and takes as the new first guess the linear
+    discriminant of each codebook's entries, which has a closed form too. The last steps
+    fit the first guess by cross-entropy.
+
+    Args:
+      frames_FD: the frames to use, all of them in each step.
+      settings: sizes, ``lsq_*``, ``logits_iters``, ``batch_size`` and ``seed`` are used.
+      device: where to train.
+    """
+
+    def __init__(self, frames_FD: Tensor, settings: QuantizerSettings, device: torch.device | str):
+        self.settings = settings
+        self._generator = torch.Generator().manual_seed(settings.seed)
+        frames_FD = frames_FD.to(device, torch.float32)
+        self._mean_D = frames_FD.mean(dim=0)
+        self._deviation = float((frames_FD - self._mean_D).square().mean().sqrt().clamp(min=1e-20))
+        self._x_FD = (frames_FD - self._mean_D) / self._deviation
+        self.quantizer = Quantizer(
+            frames_FD.shape[1], settings.codebook_size, settings.num_codebooks, self._generator
+        ).to(device)
+        self.cur_iter = 0
+
+    @property
+    def num_steps(self) -> int:
+        return 1 + self.settings.lsq_iters + self.settings.logits_iters
+
+    def done(self) -> bool:
+        """Whether all steps were made."""
+        return self.cur_iter >= self.num_steps
+
+    def step(self) -> None:
+        """The start, an alternation, or a step of fitting the first guess."""
+        if self.cur_iter == 0:
+            self._start()
+        elif self.cur_iter <= self.settings.lsq_iters:
+            self._alternate()
+        else:
+            self._fit_logits()
+        self.cur_iter += 1
+
+    def losses(self, num_frames: int = 2048) -> dict[str, float]:
+        """Losses on the first of the training frames, after one round."""
+        with torch.no_grad():
+            parts = self.quantizer.compute_loss(self._x_FD[:num_frames], 1)
+        names = ("rrl", "logprob_loss", "logits_entropy_loss", "index_entropy_loss")
+        return dict(zip(names, torch.stack(parts).tolist()))
+
+    def get_quantizer(self) -> Quantizer:
+        """The trained quantizer, named by its weights."""
+        if not self.done():
+            raise RuntimeError(f"{self.num_steps - self.cur_iter} training steps are left")
+        quantizer = fold_normalization(self.quantizer, self._mean_D, self._deviation)
+        quantizer.set_id_from_weights()
+        return quantizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that an unbroken run would have from here on, the frames apart."""
+        return {
+            "cur_iter": self.cur_iter,
+            "generator": self._generator.get_state(),
+            "quantizer": self.quantizer.state_dict(),
+            "optimizer": self._optimizer.state_dict() if hasattr(self, "_optimizer") else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``, made with the same frames and settings."""
+        self.cur_iter = state["cur_iter"]
+        self._generator.set_state(state["generator"])
+        self.quantizer.load_state_dict(state["quantizer"])
+        if state["optimizer"] is not None:
+            self._init_optimizer()
+            self._optimizer.load_state_dict(state["optimizer"])
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        N, K, D = self.quantizer.centers.shape
+        x_FD = self._x_FD[: max(80 * K, 4096)]
+        values, vectors = torch.linalg.eigh((x_FD.t() @ x_FD / len(x_FD)).double())
+        values = values.flip(0).clamp(min=values.max().item() * 1e-9 + 1e-30).tolist()
+        vectors = vectors.flip(1).float()
+        axes: list[list[int]] = [[] for _ in range(N)]
+        log_volume = [0.0] * N
+        for axis, value in enumerate(values):
+            free = [n for n in range(N) if len(axes[n]) < math.ceil(D / N)]
+            least = min(free, key=lambda n: log_volume[n])
+            axes[least].append(axis)
+            log_volume[least] += math.log1p(value / values[-1])
+        rest_FD = x_FD.clone()
+        indexes = []
+        for n in range(N):
+            # With fewer dimensions than codebooks, some quantize what the others leave.
+            basis = vectors[:, axes[n]] if axes[n] else vectors
+            centers_KP, index_F = self._kmeans((x_FD if axes[n] else rest_FD) @ basis, K)
+            self.quantizer.centers[n] = centers_KP @ basis.t()
+            rest_FD -= self.quantizer.centers[n][index_F]
+            indexes.append(index_F)
+        self.quantizer.centers_scale.zero_()
+        self._set_discriminant(x_FD, torch.stack(indexes, dim=1))
+
+    def _kmeans(self, x_FP: Tensor, K: int, iters: int = 8) -> tuple[Tensor, Tensor]:
+        first = torch.randperm(len(x_FP), generator=self._generator)[:K].to(x_FP.device)
+        centers_KP = x_FP[first].clone()
+        for i in range(iters + 1):
+            half_KP = 0.5 * centers_KP.square().sum(dim=1)
+            index_F = (half_KP - x_FP @ centers_KP.t()).argmin(dim=1)
+            if i < iters:
+                counts_K = torch.bincount(index_F, minlength=K)[:, None]
+                means_KP = _sum_by_entry(index_F, x_FP, K) / counts_K.clamp(min=1)
+                centers_KP = torch.where(counts_K > 0, means_KP, centers_KP)
+        return centers_KP, index_F
+
+    @torch.no_grad()
+    def _alternate(self) -> None:
+        N, K, D = self.quantizer.centers.shape
+        M, x_FD = N * K, self._x_FD
+        indexes_FN = self.quantizer.compute_indexes(x_FD, self.settings.lsq_rounds)
+        entries_FN = indexes_FN + torch.arange(0, M, K, device=x_FD.device)
+        # Normal equations of the change of the centers: how often each two entries are chosen
+        # together, and the sum of what is left of the frames of each.
+        left_FD = x_FD - self.quantizer.decode(indexes_FN)
+        counts_MM = torch.empty(M, M, dtype=torch.float64, device=x_FD.device)
+        sums_MD = torch.empty(M, D, dtype=torch.float64, device=x_FD.device)
+        for n in range(N):
+            own = slice(n * K, (n + 1) * K)
+            both = indexes_FN[:, n : n + 1] * M + entries_FN
+            counts_MM[own] = torch.bincount(both.flatten(), minlength=K * M).view(K, M).double()
+            sums_MD[own] = _sum_by_entry(indexes_FN[:, n], left_FD, K).double()
+        counts_MM.diagonal().add_(self.settings.lsq_pull * len(x_FD) / K)
+        change_MD = torch.cholesky_solve(sums_MD, torch.linalg.cholesky(counts_MM))
+        self.quantizer.centers += change_MD.view(N, K, D).float()
+        self._set_discriminant(x_FD, indexes_FN)
+
+    def _set_discriminant(self, x_FD: Tensor, indexes_FN: Tensor) -> None:
+        """First guess by linear discriminant analysis: entry k of a codebook has frames of mean
+        m_k and, all alike, covariance W within; its logit is x' W⁻¹ m_k - m_k' W⁻¹ m_k / 2 +
+        log p_k."""
+        N, K = indexes_FN.shape[1], self.quantizer.codebook_size
+        weights, biases = [], []
+        total_DD = x_FD.t() @ x_FD / len(x_FD)
+        for n in range(N):
+            counts_K = torch.bincount(indexes_FN[:, n], minlength=K).float()
+            # One frame's worth of the overall mean (0) keeps rare entries from the extremes.
+            means_KD = _sum_by_entry(indexes_FN[:, n], x_FD, K) / (counts_K[:, None] + 1.0)
+            probs_K = (counts_K + 0.5) / (len(x_FD) + 0.5 * K)
+            within_DD = (total_DD - (means_KD * probs_K[:, None]).t() @ means_KD).double()
+            values, vectors = torch.linalg.eigh(within_DD)
+            floor = 1e-3 * total_DD.diagonal().mean().item()
+            values = values.clamp(min=0.0) + floor
+            weight_KD = (means_KD.double() @ vectors / values @ vectors.t()).float()
+            weights.append(weight_KD)
+            biases.append(probs_K.log() - 0.5 * (weight_KD * means_KD).sum(dim=1))
+        self.quantizer.to_logits.weight.copy_(torch.cat(weights))
+        self.quantizer.to_logits.bias.copy_(torch.cat(biases))
+        self.quantizer.logits_scale.zero_()
+
+    def _init_optimizer(self) -> None:
+        linear = self.quantizer.to_logits
+        scale = float(linear.weight.detach().square().mean().sqrt())
+        self._optimizer = torch.optim.Adam(
+            [{"params": list(linear.parameters()), "initial_lr": 0.02 * scale}],
+            lr=0.02 * scale,
+            betas=(0.9, 0.98),
+        )
+
+    def _fit_logits(self) -> None:
+        if not hasattr(self, "_optimizer"):
+            self._init_optimizer()
+        done = (self.cur_iter - 1 - self.settings.lsq_iters) / self.settings.logits_iters
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * (1.0 - done)
+        size = (self.settings.batch_size,)
+        rows = torch.randint(len(self._x_FD), size, generator=self._generator)
+        x_BD = self._x_FD[rows.to(self._x_FD.device)]
+        indexes_BN = self.quantizer.compute_indexes(x_BD, self.settings.lsq_rounds)
+        logits = self.quantizer._logits(x_BD).view(-1, self.quantizer.codebook_size)
+        loss = F.cross_entropy(logits, indexes_BN.view(-1))
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+
+
+def _sum_by_entry(index_F: Tensor, x_FD: Tensor, K: int) -> Tensor:
+    """Sum of the frames of each entry (K, D), the same bits each time on every device."""
+    sums_KD = x_FD.new_zeros(K, x_FD.shape[1])
+    if x_FD.is_cuda:
+        # Sorts first; index_add_ adds in whatever order the threads come.
+        return sums_KD.index_put_((index_F,), x_FD, accumulate=True)
+    return sums_KD.index_add_(0, index_F, x_FD)
+
+
+@torch.no_grad()
+def fold_normalization(quantizer: Quantizer, mean_D: Tensor, deviation: float) -> Quantizer:
+    """The quantizer of plain frames x that equals ``quantizer`` on (x - mean) / deviation.
+
+    One deviation for all dimensions keeps the order of distances, so the indexes are the same.
+    """
+    N = quantizer.num_codebooks
+    folded = Quantizer(quantizer.dim, quantizer.codebook_size, N).to(mean_D.device)
+    folded.centers.copy_(quantizer.get_centers() * deviation + mean_D / N)
+    scale = (quantizer.logits_scale * quantizer.scale_speed).exp()
+    weight = quantizer.to_logits.weight * scale / deviation
+    folded.to_logits.weight.copy_(weight)
+    folded.to_logits.bias.copy_(quantizer.to_logits.bias - weight @ mean_D)
+    return folded
+
+
+def frame_statistics(frames: Any, name: str = "frames") -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each dimension, float32 (D,), in one pass.
+
+    Args:
+      frames: (F, D) tensor, NumPy or memory-mapped array, or HDF5 dataset.
+      name: for messages.
+    Raises:
+      RecipeError: a frame with NaN or infinity (named by its number), or a file that is cut short.
+    """
+    total = square = 0.0
+    shift = None
+    for start, x in _blocks(frames, name):
+        check_frames(x, 1, name, first=start)
+        x = x.double()
+        shift = x.mean(dim=0) if shift is None else shift
+        total, square = total + (x - shift).sum(dim=0), square + (x - shift).square().sum(dim=0)
+    if shift is None:
+        raise RecipeError(f"{name}: no frames; take more utterances")
+    mean = total / len(frames)
+    variance = (square / len(frames) - mean.square()).clamp(min=0.0)
+    return (shift + mean).float().cpu(), variance.sqrt().float().cpu()
+
+
+def _blocks(frames: Any, name: str) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, len(frames), _BLOCK_FRAMES):
+        end = min(start + _BLOCK_FRAMES, len(frames))
+        yield start, _rows(frames, slice(start, end), name)
+
+
+def _rows(frames: Any, rows: slice | np.ndarray, name: str) -> Tensor:
+    """Some rows as float32; an array of rows must be ascending, as HDF5 asks."""
+    if isinstance(frames, Tensor):
+        return frames[rows if isinstance(rows, slice) else torch.from_numpy(rows)].float()
+    try:
+        return torch.from_numpy(np.array(frames[rows], dtype=np.float32))
+    except OSError as error:
+        raise RecipeError(
+            f"{name}: cannot be read, damaged or cut short ({error}); write the frames again"
+        ) from error
+
+
+def train_quantizer(
+    frames: Any,
+    settings: QuantizerSettings,
+    device: torch.device | str = "cpu",
+    checkpoint_path: Path | str | None = None,
+    progress: Callable[[str], None] | None = print,
+    name: str = "frames",
+) -> Quantizer:
+    """Train codebooks on frames; resumes from ``checkpoint_path`` if it is there.
+
+    Args:
+      frames: (F, D) tensor, NumPy or memory-mapped array, or HDF5 dataset; it may be larger than
+        memory.
+      settings: how.
+      device: where.
+      checkpoint_path: the state is written here every half minute; a run that was killed and
+        is started again with the same frames and settings ends with the identical quantizer.
+        The file may be deleted once the quantizer is saved.
+      progress: called with a line of text now and then; None for silence.
+      name: of the frames, for messages.
+    Returns:
+      the quantizer on the CPU in eval mode, named by its weights.
+    Raises:
+      RecipeError: fewer frames than entries, a frame that is not finite, a damaged file, or a
+        checkpoint of other frames or settings.
+    """
+    if len(frames.shape) != 2 or frames.shape[0] < settings.codebook_size:
+        raise RecipeError(
+            f"{name}: {frames.shape[0]} frames, at least {settings.codebook_size} are needed for "
+            "as many entries; take more utterances"
+        )
+    device = torch.device(device)
+    mean_D, std_D = frame_statistics(frames, name)
+    origin = {
+        "settings": dataclasses.asdict(settings),
+        "num_frames": frames.shape[0],
+        "mean": mean_D,
+        "std": std_D,
+    }
+    if settings.trainer == "lsq":
+        run: _PaperRun | _LeastSquaresRun = _LeastSquaresRun(frames, settings, device, name)
+    else:
+        run = _PaperRun(frames, settings, device, name, mean_D, std_D)
+    path = None if checkpoint_path is None else Path(checkpoint_path)
+    if path is not None and path.exists():
+        run.trainer.load_state_dict(_load_checkpoint(path, origin, device))
+        if progress:
+            progress(f"resumed from {path} at step {run.trainer.cur_iter}")
+
+    started = saved = time.monotonic()
+    first, first_work = run.trainer.cur_iter, run.work()
+    while not run.trainer.done():
+        run.step()
+        now = time.monotonic()
+        step, steps = run.trainer.cur_iter, run.trainer.num_steps
+        if progress and (run.is_report_step() or run.trainer.done()):
+            passed = max(now - started, 1e-9)
+            left = passed * (1.0 - run.work()) / max(run.work() - first_work, 1e-9)
+            progress(
+                f"{settings.trainer} step {step}/{steps}, "
+                f"{(step - first) / passed:.2f} steps/s, {left:.0f} s left, {run.report()}"
+            )
+        if path is not None and now - saved > _CHECKPOINT_SECONDS:
+            with written_aside(path) as aside:
+                torch.save({**origin, "trainer": run.trainer.state_dict()}, aside)
+            saved = time.monotonic()
+    return run.finish().cpu().eval()
+
+
+def _load_checkpoint(path: Path, origin: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        state = checkpoint["trainer"]
+    # torch.load raises almost anything for a damaged file, by where the damage is.
+    except Exception as error:
+        raise RecipeError(f"{path}: damaged or cut short; delete it to train anew") from error
+    for key, value in origin.items():
+        same = torch.equal(checkpoint[key], value) if key in ("mean", "std") else None
+        if same is False or (same is None and checkpoint[key] != value):
+            raise RecipeError(
+                f"{path}: made with other {'settings' if key == 'settings' else 'frames'}; "
+                "delete it to train anew"
+            )
+    return state
+
+
+def _rrl_by_rounds(quantizer: Quantizer, x_BD: Tensor) -> str:
+    with torch.no_grad():
+        x_BD = x_BD.to(quantizer.centers.device)
+        values = [quantizer.compute_loss(x_BD, r)[0].item() for r in range(_REPORT_ROUNDS + 1)]
+    return " ".join(f"{value:.3f}" for value in values)
+
+
+def _losses_text(losses: dict[str, float]) -> str:
+    names = ("logprob_loss", "logits_entropy_loss", "index_entropy_loss")
+    return ", ".join(f"{name} {losses[name]:.3f}" for name in names)
+
+
+class _PaperRun:
+    """The paper's trainer with its stream of batches."""
+
+    def __init__(self, frames, settings, device, name, mean_D, std_D):
+        self.frames, self.settings, self.name, self.device = frames, settings, name, device
+        self.trainer = QuantizerTrainer(
+            frames.shape[1],
+            settings.num_codebooks,
+            device,
+            settings.phase_one_iters,
+            settings.phase_two_iters,
+            settings.lr,
+            settings.seed,
+            settings.codebook_size,
+        )
+        self._normalization = None
+        if settings.standardize:
+            deviation = float(std_D.square().mean().sqrt().clamp(min=1e-20))
+            self._normalization = (mean_D, deviation)
+        self._epoch, self._order = -1, None
+
+    def _batch(self, step: int) -> Tensor:
+        # A batch is a function of seed and step alone, so that a resumed run has the same ones.
+        size = min(self.settings.batch_size, len(self.frames))
+        per_epoch = len(self.frames) // size
+        epoch, place = divmod(step, per_epoch)
+        if epoch != self._epoch:
+            generator = np.random.default_rng((self.settings.seed, epoch))
+            self._epoch, self._order = epoch, generator.permutation(len(self.frames))
+        rows = np.sort(self._order[place * size : (place + 1) * size])
+        x_BD = _rows(self.frames, rows, self.name)
+        if self._normalization is not None:
+            mean_D, deviation = self._normalization
+            x_BD = (x_BD - mean_D.to(x_BD.device)) / deviation
+        return x_BD
+
+    def step(self) -> None:
+        self._last = self._batch(self.trainer.cur_iter)
+        self.trainer.step(self._last)
+
+    def work(self) -> float:
+        """Share of the work that is done."""
+        return self.trainer.cur_iter / self.trainer.num_steps
+
+    def is_report_step(self) -> bool:
+        return self.trainer.cur_iter % 200 == 1
+
+    def report(self) -> str:
+        rrl = _rrl_by_rounds(self.trainer.quantizer, self._last)
+        return f"RRL by rounds {rrl}, {_losses_text(self.trainer.last_losses())}"
+
+    def finish(self) -> Quantizer:
+        quantizer = self.trainer.get_quantizer()
+        if self._normalization is not None:
+            mean_D, deviation = self._normalization
+            quantizer = fold_normalization(quantizer, mean_D.to(self.device), deviation)
+            quantizer.set_id_from_weights()
+        return quantizer
+
+
+class _LeastSquaresRun:
+    """The least-squares trainer with its sample of the frames."""
+
+    def __init__(self, frames, settings, device, name):
+        count = min(settings.lsq_frames, len(frames))
+        if count < settings.codebook_size:
+            raise RecipeError(
+                f"lsq_frames: {count} frames for {settings.codebook_size} entries; set it higher"
+            )
+        order = np.random.default_rng(settings.seed).permutation(len(frames))[:count]
+        sample = torch.empty(count, frames.shape[1])
+        # Read in file order, put in random order.
+        by_row = np.argsort(order)
+        rows = order[by_row]
+        for start, x in _blocks(frames, name):
+            low, high = np.searchsorted(rows, (start, start + len(x)))
+            if high > low:
+                picked = x[torch.from_numpy(rows[low:high] - start)]
+                sample[torch.from_numpy(by_row[low:high])] = picked.cpu()
+        self.trainer = LeastSquaresTrainer(sample, settings, device)
+
+    def step(self) -> None:
+        self.trainer.step()
+
+    def work(self) -> float:
+        """Share of the frames that have been searched; most of the time goes there."""
+        settings, done = self.trainer.settings, self.trainer.cur_iter
+        whole, part = len(self.trainer._x_FD), settings.batch_size
+        total = (1 + settings.lsq_iters) * whole + settings.logits_iters * part
+        alternations = min(done, 1 + settings.lsq_iters)
+        return (alternations * whole + (done - alternations) * part) / total
+
+    def is_report_step(self) -> bool:
+        return self.trainer.cur_iter <= self.trainer.settings.lsq_iters + 1
+
+    def report(self) -> str:
+        rrl = _rrl_by_rounds(self.trainer.quantizer, self.trainer._x_FD[:1024])
+        return f"RRL by rounds {rrl}, {_losses_text(self.trainer.losses(1024))}"
+
+    def finish(self) -> Quantizer:
+        return self.trainer.get_quantizer()

@@ -10,6 +10,9 @@ C channels (``d_model``), H heads, D channels per head, P relative positions, K 
 L cached frames. Feature frames are those of 10 ms.
 """
 
+# Fields carry shape suffixes too.
+# ruff: noqa: N815
+
 from __future__ import annotations
 
 import math
@@ -24,6 +27,7 @@ from mvqkd.students.scaling import (
     ActivationBalancer,
     BasicNorm,
     DoubleSwish,
+    Dropout,
     ScaledConv1d,
     ScaledConv2d,
     ScaledLinear,
@@ -121,19 +125,23 @@ class _AttentionMask:
         self.bias = None
         self.empty_rows = None
         if masked is not None:
-            self.bias = torch.zeros(masked.shape, dtype=dtype, device=masked.device)
-            self.bias.masked_fill_(masked, float("-inf"))
-            # A padded query that sees only padding has no key at all: softmax would give NaN.
-            # Key padding alone (one row for all queries) always leaves a frame.
+            # A padded query may see padding only. Softmax over no key is NaN, in its gradient
+            # too, so such a row is opened here and its weights are set to 0 afterwards. Key
+            # padding alone (one row for all queries) always leaves a frame.
             if masked.shape[-2] > 1:
                 self.empty_rows = masked.all(dim=-1, keepdim=True)
+                masked = masked & ~self.empty_rows
+            self.bias = torch.zeros(masked.shape, dtype=dtype, device=masked.device)
+            self.bias.masked_fill_(masked, float("-inf"))
 
-    def softmax(self, scores_HBTS: Tensor) -> Tensor:
+    def softmax(self, scores_HBTS: Tensor, rows: slice) -> Tensor:
+        """Attention weights of the queries ``rows``, which ``scores_HBTS`` holds."""
         if self.bias is not None:
-            scores_HBTS = scores_HBTS + self.bias
+            bias = self.bias if self.bias.size(-2) == 1 else self.bias[..., rows, :]
+            scores_HBTS = scores_HBTS + bias
         weights = scores_HBTS.softmax(dim=-1)
         if self.empty_rows is not None:
-            weights = weights.masked_fill(self.empty_rows, 0.0)
+            weights = weights.masked_fill(self.empty_rows[..., rows, :], 0.0)
         return weights
 
 
@@ -143,7 +151,7 @@ class RelPositionalEncoding(nn.Module):
     def __init__(self, d_model: int, dropout: float):
         super().__init__()
         self.d_model = d_model
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.cached_PC = torch.empty(0, d_model)
 
     def forward(self, num_queries: int, num_keys: int, like: Tensor) -> Tensor:
@@ -174,9 +182,11 @@ def _shift_to_keys(scores: Tensor, num_keys: int) -> Tensor:
     j that is m = j + T - 1 - i, so each row of the view starts one column further left.
     """
     n, t, p = scores.shape
-    return scores.as_strided(
-        (n, t, num_keys), (t * p, p - 1, 1), scores.storage_offset() + t - 1
-    )
+    return scores.as_strided((n, t, num_keys), (t * p, p - 1, 1), scores.storage_offset() + t - 1)
+
+
+# Queries that the attention on a CPU works on at once.
+_QUERY_BLOCK = 64
 
 
 class RelPositionMultiheadAttention(nn.Module):
@@ -230,15 +240,31 @@ class RelPositionMultiheadAttention(nn.Module):
         u = (self.pos_bias_u * self.pos_bias_u_scale.exp()).view(H, 1, 1, D)
         w = (self.pos_bias_v * self.pos_bias_v_scale.exp()).view(H, 1, 1, D)
         q_content = (q + u).reshape(H * B, T, D)
-        q_position = (q + w).reshape(H, B * T, D)
+        q_position = q + w
         k = by_head(k).reshape(H * B, S, D)
         v = by_head(v).reshape(H * B, S, D)
         p = self.linear_pos(pos_PC).view(-1, H, D).permute(1, 2, 0)
 
-        by_distance = torch.bmm(q_position, p).view(H * B, T, -1)
-        scores = torch.baddbmm(_shift_to_keys(by_distance, S), q_content, k.transpose(1, 2))
-        weights = mask.softmax(scores.view(H, B, T, S)).view(H * B, T, S)
-        out = torch.bmm(weights, v).view(H, B, T, D).permute(1, 2, 0, 3).reshape(B, T, C)
+        # A query needs S of the S + T - 1 distances. A block of c queries is scored for S + c - 1
+        # of them, and its scores are still in the cache when they become weights.
+        block = _QUERY_BLOCK if x_BTC.device.type == "cpu" else T
+        outputs = []
+        for start in range(0, T, block):
+            rows = slice(start, min(start + block, T))
+            c = rows.stop - rows.start
+            by_distance = torch.bmm(
+                q_position[:, :, rows].reshape(H, B * c, D),
+                p[:, :, T - rows.stop : T - rows.start + S - 1],
+            )
+            scores = torch.baddbmm(
+                _shift_to_keys(by_distance.view(H * B, c, -1), S),
+                q_content[:, rows],
+                k.transpose(1, 2),
+            )
+            weights = mask.softmax(scores.view(H, B, c, S), rows)
+            outputs.append(torch.bmm(weights.view(H * B, c, S), v))
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        out = out.view(H, B, T, D).permute(1, 2, 0, 3).reshape(B, T, C)
         return self.out_proj(out)
 
 
@@ -330,9 +356,7 @@ class ConvolutionModule(nn.Module):
         conv = self.depthwise_conv
         if x.is_cuda or torch.jit.is_tracing():
             return conv(x.transpose(1, 2)).transpose(1, 2)
-        return _DepthwiseConvFunction.apply(
-            x, conv.scaled_weight().squeeze(1), conv.scaled_bias()
-        )
+        return _DepthwiseConvFunction.apply(x, conv.scaled_weight().squeeze(1), conv.scaled_bias())
 
 
 def _feed_forward(d_model: int, dim_feedforward: int, dropout: float) -> nn.Sequential:
@@ -340,7 +364,7 @@ def _feed_forward(d_model: int, dim_feedforward: int, dropout: float) -> nn.Sequ
         ScaledLinear(d_model, dim_feedforward),
         ActivationBalancer(channel_dim=-1),
         DoubleSwish(),
-        nn.Dropout(dropout),
+        Dropout(dropout),
         ScaledLinear(dim_feedforward, d_model, initial_scale=0.25),
     )
 
@@ -365,7 +389,7 @@ class ConformerEncoderLayer(nn.Module):
             channel_dim=-1, min_positive=0.45, max_positive=0.55, max_abs=6.0
         )
         self.norm_final = BasicNorm()
-        self.dropout = nn.Dropout(settings.dropout)
+        self.dropout = Dropout(settings.dropout)
 
     def forward(
         self,
@@ -452,9 +476,7 @@ class Conv2dSubsampling(nn.Module):
         self.num_bins = subsampled_lengths(num_features)
         self.out = ScaledLinear(c3 * self.num_bins, d_model)
         self.out_norm = BasicNorm(learn_eps=False)
-        self.out_balancer = ActivationBalancer(
-            channel_dim=-1, min_positive=0.45, max_positive=0.55
-        )
+        self.out_balancer = ActivationBalancer(channel_dim=-1, min_positive=0.45, max_positive=0.55)
 
     def forward(self, x_BTF: Tensor, pad_time: bool = True) -> Tensor:
         """(B, T, F) -> (B, T', C). Without ``pad_time`` the frames at both ends are context."""
@@ -619,7 +641,11 @@ class Conformer(nn.Module):
         lens_B = subsampled_lengths(x_lens_B) - 2
         x = self.encoder_embed(x_BTF)[:, 1:-1]
         x, states = self._stream_layers(
-            x, lens_B, [s.transpose(1, 2) for s in states], processed_lens_B, left_context,
+            x,
+            lens_B,
+            [s.transpose(1, 2) for s in states],
+            processed_lens_B,
+            left_context,
             x.size(1) - right_context,
         )
         return x[:, :chunk_size], lens_B - right_context, [s.transpose(1, 2) for s in states]
@@ -634,7 +660,7 @@ class Conformer(nn.Module):
         num_cached: int,
     ) -> tuple[Tensor, list[Tensor]]:
         """All layers over a chunk; ``caches`` are (layers, B, L, C) for attention, convolution."""
-        B, T, _ = x_BTC.shape
+        T = x_BTC.size(1)
         L = caches[0].size(2)
         padding_BT = padding_mask(lens_B, T)
         # The cache is filled from its end; its first slots are empty until L frames have passed.
@@ -790,7 +816,9 @@ class StreamingEncoder:
         out_lens_B = valid_B.clamp(max=self.chunk_size)
         # The next window starts chunk_size output frames after this one.
         state = StreamingState(
-            window_BTF[:, self.chunk_frames :], *caches, num_features_B,
+            window_BTF[:, self.chunk_frames :],
+            *caches,
+            num_features_B,
             state.num_outputs_B + out_lens_B,
         )
         return x[:, : self.chunk_size], out_lens_B, state

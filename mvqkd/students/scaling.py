@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvqkd.errors import RecipeError
+
 # Elements worked on at once by the element-wise CPU code below. 32 k floats are 128 KiB: input,
 # output and temporaries stay in the second-level cache, and the passes over them cost arithmetic
 # instead of memory traffic.
@@ -184,6 +186,43 @@ class DoubleSwish(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad:
             return _DoubleSwishFunction.apply(x)
         return x * (x - 1.0).sigmoid()
+
+
+class _DropoutFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, threshold: int) -> Tensor:
+        # A 64-bit draw serves four elements: a fifth of the time of a Bernoulli draw for each.
+        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        keep = (draws.view(torch.int16)[: x.numel()] >= threshold - 2**15).view(x.shape)
+        ctx.scale = 2**16 / (2**16 - threshold)
+        ctx.save_for_backward(keep)
+        return (x * keep).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (keep,) = ctx.saved_tensors
+        return (grad * keep).mul_(ctx.scale), None
+
+
+class Dropout(nn.Module):
+    """``nn.Dropout``, faster on a CPU and with a mask of one byte per element.
+
+    There the probability is rounded to a multiple of 2^-16 and elements are drawn from torch's
+    default generator; elsewhere it is torch's own.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        if not 0.0 <= p < 1.0:
+            raise RecipeError(f"dropout: {p} is no probability below 1; set 0 to 0.99")
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p, training=True)
+        return _DropoutFunction.apply(x, round(self.p * 2**16))
 
 
 class _BalancerFunction(torch.autograd.Function):

@@ -8,6 +8,9 @@ Shapes: B utterances, T encoder frames, S tokens, U token positions (S + 1), R p
 C encoder channels, E predictor channels, J joiner channels, V tokens with blank 0.
 """
 
+# Fields carry shape suffixes too.
+# ruff: noqa: N815
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -85,9 +88,7 @@ class Decoder(nn.Module):
             num_positions = x.size(1) - self.context_size + 1
             weight_EK = self.conv.scaled_weight().squeeze(1)
             # A sum of shifted frames: faster than a grouped convolution for two or three of them.
-            x = sum(
-                x[:, k : k + num_positions] * weight_EK[:, k] for k in range(self.context_size)
-            )
+            x = sum(x[:, k : k + num_positions] * weight_EK[:, k] for k in range(self.context_size))
         return F.relu(x)
 
 
@@ -234,9 +235,7 @@ def build_transducer(settings: TransducerSettings) -> Transducer:
     return Transducer(
         encoder=Conformer(settings.encoder),
         decoder=Decoder(settings.vocab_size, settings.decoder_dim, settings.context_size),
-        joiner=Joiner(
-            encoder_dim, settings.decoder_dim, settings.joiner_dim, settings.vocab_size
-        ),
+        joiner=Joiner(encoder_dim, settings.decoder_dim, settings.joiner_dim, settings.vocab_size),
         encoder_dim=encoder_dim,
         decoder_dim=settings.decoder_dim,
         joiner_dim=settings.joiner_dim,

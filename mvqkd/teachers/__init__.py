@@ -19,13 +19,17 @@ def load_teacher(name_or_path: str):
     """
     from mvqkd.teachers.hubert import load_hubert
 
-    folder = Path(name_or_path)
-    if not folder.exists():
-        folder = _download(name_or_path)
-    return load_hubert(folder, name=str(name_or_path))
+    return load_hubert(find_teacher(name_or_path), name=str(name_or_path))
 
 
-def _download(name: str) -> Path:
+def find_teacher(name: str) -> Path:
+    """The folder ``name``, or the one that the hub's model of that name is downloaded to.
+
+    Raises:
+      RecipeError: there is neither.
+    """
+    if Path(name).exists():
+        return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

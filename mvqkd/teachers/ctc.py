@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import kaldialign
 import numpy as np
 import torch
 from lhotse import CutSet
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from transformers import HubertConfig, HubertForCTC
 
 from mvqkd.data.audio import AudioBatch, bucketed_batches, collate_audio
+from mvqkd.decoding.scoring import Result, word_error_rate
 from mvqkd.errors import RecipeError
 from mvqkd.teachers.front_end import initialize_filterbank
 from mvqkd.teachers.hubert import HubertTeacher
@@ -114,23 +114,14 @@ class CtcTask:
         return ", ".join(batch.ids)
 
 
-Results = list[tuple[str, list[str], list[str]]]
-
-
 def transcribe_cuts(
     teacher: HubertTeacher, cuts: CutSet, device: torch.device, max_duration: float = 100
-) -> Results:
+) -> list[Result]:
     """(cut id, reference words, hypothesis words) of each cut, by greedy CTC."""
-    results: Results = []
+    results: list[Result] = []
     for batch_cuts in bucketed_batches(cuts, max_duration, seed=0, epoch=0):
         batch = collate_audio(batch_cuts)
         texts = teacher.transcribe(batch.waveforms_BL.to(device), batch.lengths_B.to(device))
         for name, reference, text in zip(batch.ids, batch.texts, texts):
             results.append((name, reference.split(), text.split()))
     return sorted(results)
-
-
-def word_error_rate(results: Results) -> float:
-    """Percent."""
-    errors = sum(kaldialign.edit_distance(ref, hyp)["total"] for _, ref, hyp in results)
-    return 100 * errors / sum(len(ref) for _, ref, _ in results)

@@ -96,14 +96,14 @@ class Eve(Optimizer):
 
         tensors = [p for p in params if p.numel() > 1]
         if tensors:
-            # One comparison on the stacked norms: on a GPU none of this waits for the device.
+            # On a GPU the comparison stays on the device, so that nothing waits for it.
             norms = torch.stack(torch._foreach_norm(tensors))
             limits = torch.tensor(
                 [group["target_rms"] * math.sqrt(p.numel()) for p in tensors],
                 dtype=norms.dtype,
             ).to(norms.device, non_blocking=True)
-            factors = 1.0 - group["weight_decay"] * (norms > limits).to(norms.dtype)
             if norms.is_cuda:
+                factors = 1.0 - group["weight_decay"] * (norms > limits).to(norms.dtype)
                 torch._foreach_mul_(tensors, list(factors.unbind()))
             else:
                 decaying = [p for p, large in zip(tensors, (norms > limits).tolist()) if large]

@@ -1,0 +1,15 @@
+# shellcheck shell=bash disable=SC2034,SC2154,SC1090
+# Free Spoken Digit Dataset: real people say digits.
+split=${split:-take}
+if [[ $split != take && $split != speaker ]]; then
+    echo "$0: --split $split: not known; give take or speaker" >&2
+    exit 1
+fi
+name=digits-$split
+train_parts="train-clean-100"
+pool_parts=""
+dev_parts="dev-clean"
+test_parts="test-clean"
+# The embedded corpus's teacher, trained on: always made here.
+teacher=""
+teacher_init=egs/mini/teacher

@@ -1,0 +1,15 @@
+# shellcheck shell=bash disable=SC2034,SC2154,SC1090
+# The embedded corpus.
+size=${size:-small}
+if [[ ! -d egs/mini/conf/$size ]]; then
+    echo "$0: --size $size: not known; give smoke, small or full" >&2
+    exit 1
+fi
+name=mini-$size
+train_parts="train-clean-100"
+pool_parts="train-clean-360 train-other-500"
+dev_parts="dev-clean dev-other"
+test_parts="test-clean test-other"
+# Made by `--train-teacher true --size full`; its origin.json says how.
+teacher=egs/mini/teacher
+teacher_init=""

@@ -1,0 +1,60 @@
+"""Decode the test sets with one student, and write icefall's result files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from mvqkd import cli
+from mvqkd.data.datamodule import DataSettings, StudentData
+from mvqkd.data.manifests import read_cuts
+from mvqkd.data.tokens import load_tokens
+from mvqkd.decoding.decode import DecodingSettings, decode, load_student
+from mvqkd.decoding.scoring import save_results
+from mvqkd.device import pick_device
+from mvqkd.files import written_aside
+
+
+@dataclass
+class Settings:
+    """The decoding conf, and where things are."""
+
+    exp_dir: Path
+    test_manifests: list[Path]
+    tokens_dir: Path
+    device: str = "auto"
+    decoding: DecodingSettings = field(default_factory=DecodingSettings)
+
+
+def main(settings: Settings) -> None:
+    device = pick_device(settings.device)
+    tokens = load_tokens(settings.tokens_dir)
+    model, epoch = load_student(settings.exp_dir, settings.decoding)
+    streaming = model.encoder.settings.causal
+    name = settings.decoding.name(epoch, streaming)
+    out_dir = settings.exp_dir / settings.decoding.method
+    data_settings = DataSettings(max_duration=settings.decoding.max_duration)
+    document: dict = {
+        "setting": name,
+        "decoding": asdict(settings.decoding),
+        "streaming": streaming,
+        "epoch": epoch,
+        "num_params": sum(p.numel() for p in model.parameters()),
+        "test_sets": {},
+    }
+    for path in settings.test_manifests:
+        part = path.name.split(".")[0]
+        data = StudentData(read_cuts(path), tokens, data_settings, seed=0, with_labels=False)
+        results, rtf = decode(model, data, tokens, settings.decoding, device)
+        counts = save_results(out_dir, part, name, results)
+        logging.info(counts.line(f"{part}-{name}"))
+        document["test_sets"][part] = {"rtf": rtf, "results": results}
+    # What the report is made from.
+    with written_aside(settings.exp_dir / "decoded.json") as aside:
+        aside.write_text(json.dumps(document) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings)

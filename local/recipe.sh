@@ -1,0 +1,15 @@
+# shellcheck shell=bash disable=SC2034,SC2154,SC1090
+# What run.sh and prepare.sh share once their options are read: the corpus's recipe, and
+# where things are.
+
+if [[ ! -f egs/$corpus/recipe.sh ]]; then
+    echo "$0: --corpus $corpus: not known; give one of: $(cd egs && echo *)" >&2
+    exit 1
+fi
+# Names of parts, the teacher, and ${name}: the folder under data/ and exp/.
+. "egs/$corpus/recipe.sh"
+data=data/$name
+exp=exp/$name
+stamps=$exp/stamps
+# A relative path is meant from where the user called.
+[[ -z $dl_dir || $dl_dir == /* ]] || dl_dir=$caller/$dl_dir

@@ -1,0 +1,102 @@
+"""Train one student, with or without a teacher's labels."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from mvqkd import cli
+from mvqkd.data.datamodule import DataSettings, StudentData
+from mvqkd.data.labels import Origin, check_origin
+from mvqkd.data.manifests import read_cuts
+from mvqkd.data.tokens import load_tokens
+from mvqkd.device import pick_device
+from mvqkd.errors import RecipeError
+from mvqkd.files import written_aside
+from mvqkd.losses.distillation import Distillation, DistillationSettings, Pairing
+from mvqkd.quantizer import load_quantizer
+from mvqkd.students.task import StudentTask
+from mvqkd.students.transducer import TransducerSettings, build_transducer
+from mvqkd.training.loop import TrainingSettings, train
+
+
+@dataclass
+class Settings:
+    """The student's conf, and where things are."""
+
+    # Cuts with features and, where the student is distilled, labels.
+    train_manifest: Path
+    dev_manifests: list[Path]
+    tokens_dir: Path
+    exp_dir: Path
+    device: str = "auto"
+    # vocab_size is taken from tokens_dir.
+    model: TransducerSettings = field(default_factory=TransducerSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    distillation: DistillationSettings = field(default_factory=DistillationSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+
+def make_distillation(settings: Settings, model, cuts) -> Distillation | None:
+    wanted = settings.distillation
+    if wanted.kind == "none":
+        return None
+    if wanted.quantizer is None:
+        raise RecipeError(f"distillation.quantizer: kind {wanted.kind} needs one; name its file")
+    quantizer, meta = load_quantizer(wanted.quantizer)
+    for cut in cuts:
+        check_origin(cut, Origin.of(meta), wanted.accept_unknown_origin)
+    encoder = model.encoder
+    pairing = Pairing(
+        encoder.frame_shift,
+        encoder.frame_offset,
+        meta["frame_shift"],
+        meta["frame_offset"],
+        wanted.pairing_shift,
+    )
+    return Distillation(wanted, settings.model.encoder.d_model, pairing, quantizer, meta)
+
+
+def main(settings: Settings) -> None:
+    device = pick_device(settings.device)
+    tokens = load_tokens(settings.tokens_dir)
+    train_cuts = read_cuts(settings.train_manifest)
+    settings.model.vocab_size = len(tokens)
+    distilled = settings.distillation.kind != "none"
+    if distilled:
+        settings.model.encoder.middle_output_layers = [settings.distillation.layer]
+    torch.manual_seed(settings.training.seed)
+    model = build_transducer(settings.model)
+    distillation = make_distillation(settings, model, train_cuts)
+    if distillation is not None:
+        model.codebook_loss_net = distillation.head
+    seed = settings.training.seed
+    dev_data = {
+        path.name.split(".")[0]: StudentData(read_cuts(path), tokens, settings.data, seed, False)
+        for path in settings.dev_manifests
+    }
+    settings.exp_dir.mkdir(parents=True, exist_ok=True)
+    with written_aside(settings.exp_dir / "settings.json") as aside:
+        document = {"command": " ".join(sys.argv), **asdict(settings)}
+        aside.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    task = StudentTask(
+        model,
+        settings.model,
+        StudentData(train_cuts, tokens, settings.data, seed, distilled),
+        dev_data,
+        distillation,
+        settings.data.spec_augment,
+        tokens,
+        device,
+    )
+    logging.info(f"{settings.exp_dir}: {task.epoch_seconds / 3600:.2f} hours an epoch, {device}")
+    train(task, settings.training, settings.exp_dir, device)
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings)

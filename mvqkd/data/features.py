@@ -1,0 +1,121 @@
+"""Filterbank features of a part, stored beside its cuts.
+
+Speed perturbation happens here, before any label is dumped: lhotse's
+``perturb_speed`` leaves a label array as it is, which would then no longer fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from lhotse import CutSet, Fbank, FbankConfig
+from lhotse.features.base import FeatureExtractor, Features
+
+from mvqkd.data.audio import load_audio
+from mvqkd.data.shards import ArrayFile, map_shards
+from mvqkd.errors import RecipeError
+from mvqkd.files import written_aside
+
+SAMPLE_RATE = 16000
+
+
+@dataclass
+class FeatureSettings:
+    """What the students hear."""
+
+    # "fbank" is lhotse's, in torch; "kaldifeat-fbank" needs the package kaldifeat.
+    extractor: Literal["fbank", "kaldifeat-fbank"] = "fbank"
+    num_mel_bins: int = 80
+    # Copies of the training parts beside the original.
+    speed_factors: list[float] = field(default_factory=lambda: [0.9, 1.1])
+    shard_size: int = 500
+
+
+def make_extractor(settings: FeatureSettings) -> FeatureExtractor:
+    """
+    Raises:
+      RecipeError: kaldifeat is asked for and not installed.
+    """
+    if settings.extractor == "fbank":
+        return Fbank(FbankConfig(sampling_rate=SAMPLE_RATE, num_mel_bins=settings.num_mel_bins))
+    try:
+        from lhotse.features.kaldifeat import (
+            KaldifeatFbank,
+            KaldifeatFbankConfig,
+            KaldifeatMelOptions,
+        )
+
+        return KaldifeatFbank(
+            KaldifeatFbankConfig(mel_opts=KaldifeatMelOptions(num_bins=settings.num_mel_bins))
+        )
+    except (ImportError, AssertionError, ModuleNotFoundError) as error:
+        raise RecipeError(
+            "features.extractor: kaldifeat-fbank needs the package kaldifeat; install it "
+            "(https://csukuangfj.github.io/kaldifeat/installation), or set it to fbank"
+        ) from error
+
+
+def _extract(extractor: FeatureExtractor, cuts: CutSet, arrays: ArrayFile) -> CutSet:
+    torch.set_num_threads(1)
+    done = []
+    for cut in cuts:
+        matrix_TF = extractor.extract(load_audio(cut), SAMPLE_RATE)
+        arrays.store(cut.id, matrix_TF)
+        cut.features = Features(
+            type=extractor.name,
+            num_frames=matrix_TF.shape[0],
+            num_features=matrix_TF.shape[1],
+            frame_shift=extractor.frame_shift,
+            sampling_rate=SAMPLE_RATE,
+            start=0,
+            duration=cut.duration,
+            storage_type=arrays.STORAGE_TYPE,
+            storage_path=arrays.path,
+            storage_key=cut.id,
+            recording_id=cut.recording_id,
+            channels=0,
+        )
+        done.append(cut)
+    return CutSet.from_cuts(done)
+
+
+def compute_features(
+    cuts: CutSet, out: Path, perturb: bool, settings: FeatureSettings, num_workers: int
+) -> CutSet:
+    """Write ``out``, the cuts with features; arrays go to a folder of its name beside it.
+
+    Args:
+      perturb: add the copies at other speeds (training parts).
+
+    Raises:
+      RecipeError: a cut to be perturbed carries labels.
+    """
+    if perturb:
+        originals = cuts
+        for factor in settings.speed_factors:
+            cuts = cuts + perturb_speed(originals, factor)
+    folder = out.with_name(out.name.split(".")[0])
+    extract = partial(_extract, make_extractor(settings))
+    done = map_shards(cuts, folder, extract, settings.shard_size, num_workers, f"features {out}")
+    with written_aside(out) as aside:
+        done.to_file(aside)
+    return done
+
+
+def perturb_speed(cuts: CutSet, factor: float) -> CutSet:
+    """lhotse's ``perturb_speed`` for cuts without labels.
+
+    Raises:
+      RecipeError: a cut carries labels, which would stay at the old speed.
+    """
+    for cut in cuts:
+        if cut.custom and "codebook_indexes" in cut.custom:
+            raise RecipeError(
+                f"cut {cut.id}: carries codebook indexes, which speed perturbation would leave "
+                "at the old speed; perturb first, then dump the labels"
+            )
+    return cuts.perturb_speed(factor)

@@ -1,0 +1,134 @@
+"""Gather what the stages have left into the rows of the report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mvqkd.data.manifests import read_cuts
+from mvqkd.decoding.scoring import paired_difference, wer_interval
+from mvqkd.files import require
+from mvqkd.report.table import Origin, StudentResult, WerResult, undistilled
+
+# Of the bootstrap.
+SEED = 0
+
+
+def read_log(exp_dir: Path) -> list[dict[str, Any]]:
+    """The training log as `plot_training_curves` takes it."""
+    lines = require(exp_dir / "log.jsonl", "run stage 6").read_text().splitlines()
+    records = []
+    for entry in map(json.loads, lines):
+        kind = entry["kind"]
+        losses = {
+            f"{kind}/{name}": value
+            for name, value in entry.items()
+            if name not in ("kind", "step", "epoch", "seconds", "lr")
+        }
+        records.append({"step": entry["step"], "seconds": entry["seconds"], "losses": losses})
+    return records
+
+
+def label_bytes_per_hour(labels_dir: Path) -> float:
+    """Bytes on disk of the label arrays for an hour of speech."""
+    cuts = read_cuts(labels_dir / "train.jsonl.gz")
+    blocks = sum(path.stat().st_blocks for path in labels_dir.rglob("*.h5"))
+    return 512 * blocks / (sum(cut.duration for cut in cuts) / 3600)
+
+
+def _stamp(exp_dir: Path, step: str) -> str:
+    return require(exp_dir / "stamps" / step, "run the stages before").read_text().strip()
+
+
+def collect_results(
+    exp_dir: Path, data_dir: Path, labels: str, students: list[str], command: str
+) -> tuple[list[StudentResult], dict[str, dict[str, Any]]]:
+    """Rows of the table, and the other sections of results.json.
+
+    Raises:
+      RecipeError: a student has not been trained or decoded.
+    """
+    device = f"cuda, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu"
+    rows, decoded = [], {}
+    for student in students:
+        folder = exp_dir / student
+        settings = json.loads(require(folder / "settings.json", "run stage 6").read_text())
+        decoded[student] = json.loads(require(folder / "decoded.json", "run stage 7").read_text())
+        kind = settings["distillation"]["kind"]
+        log = read_log(folder)
+        test_sets = {}
+        for name, entry in decoded[student]["test_sets"].items():
+            wer, lo, hi = wer_interval(entry["results"], seed=SEED)
+            words = sum(len(ref) for _, ref, _ in entry["results"])
+            errors = round(wer * words / 100)
+            test_sets[name] = WerResult(wer=wer, lo=lo, hi=hi, errors=errors, words=words)
+        test_entries = decoded[student]["test_sets"].values()
+        rows.append(
+            StudentResult(
+                name="conformer",
+                distillation=kind,
+                streaming=decoded[student]["streaming"],
+                test_sets=test_sets,
+                origin=Origin(
+                    command, _stamp(exp_dir, f"student-{student}")[:12], device,
+                    settings["training"]["seed"],
+                ),
+                label_bytes_per_hour=(
+                    None
+                    if kind == "none"
+                    else label_bytes_per_hour(data_dir / "labels" / labels)
+                ),
+                training_seconds=log[-1]["seconds"],
+                num_params=decoded[student]["num_params"],
+                rtf=sum(e["rtf"] for e in test_entries) / len(test_entries),
+                decoding=decoded[student]["setting"],
+                epochs=settings["training"]["num_epochs"],
+            )
+        )
+    rows = [
+        _compared(rows, row, students, decoded) for row in rows
+    ]
+    teacher_hash = _stamp(exp_dir, "verify-teacher")[:12]
+    wers = json.loads((exp_dir / "teacher-wer" / "wer.json").read_text())
+    diagnostics = json.loads(
+        (exp_dir / "quantizer" / labels / "diagnostics.json").read_text()
+    )
+    other = {
+        "teacher": {"wer": wers, "origin": _origin(command, teacher_hash, device)},
+        "quantizer": {
+            "rrl": diagnostics["rrl"],
+            "num_codebooks": diagnostics["num_codebooks"],
+            "origin": _origin(command, _stamp(exp_dir, f"quantizer-{labels}")[:12], device),
+        },
+    }
+    return rows, other
+
+
+def _origin(command: str, conf_hash: str, device: str) -> dict[str, Any]:
+    return {"command": command, "conf_hash": conf_hash, "device": device, "seed": SEED}
+
+
+def _compared(
+    rows: list[StudentResult], row: StudentResult, students: list[str], decoded: dict
+) -> StudentResult:
+    """``row`` with the paired difference to the undistilled student of its kind."""
+    base = undistilled(rows, row)
+    if base is None or base is row:
+        return row
+    here = decoded[students[rows.index(row)]]["test_sets"]
+    there = decoded[students[rows.index(base)]]["test_sets"]
+    test_sets = {}
+    for name, result in row.test_sets.items():
+        paired = paired_difference(there[name]["results"], here[name]["results"], seed=SEED)
+        test_sets[name] = replace(
+            result,
+            delta=paired["delta"],
+            delta_lo=paired["lo"],
+            delta_hi=paired["hi"],
+            p=paired["p"],
+        )
+    return replace(row, test_sets=test_sets)

@@ -1,0 +1,103 @@
+"""Training of a student: a `Task` of the training loop.
+
+B: utterances, T: frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from mvqkd.data.datamodule import SpecAugmentSettings, StudentBatch, StudentData, make_spec_augment
+from mvqkd.decoding.scoring import Result, word_error_rate
+from mvqkd.decoding.search import greedy_search_batch
+from mvqkd.losses.distillation import Distillation
+from mvqkd.students.transducer import Transducer, TransducerSettings
+
+SIMPLE_LOSS_SCALE = 0.5
+
+
+def pruned_loss_scale(warmup: float) -> float:
+    """0 while the simple loss has not yet found where tokens are, then 0.1, then 1."""
+    if warmup < 1:
+        return 0.0
+    return 0.1 if 1 < warmup < 2 else 1.0
+
+
+class StudentTask:
+    """A transducer on transcribed speech, with or without a teacher's labels."""
+
+    def __init__(
+        self,
+        model: Transducer,
+        settings: TransducerSettings,
+        train_data: StudentData,
+        dev_data: dict[str, StudentData],
+        distillation: Distillation | None,
+        spec_augment: SpecAugmentSettings,
+        tokens,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.epoch_seconds = train_data.seconds
+        self._settings, self._train, self._dev = settings, train_data, dev_data
+        self._distillation, self._tokens, self._device = distillation, tokens, device
+        self._spec_augment = make_spec_augment(spec_augment)
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[StudentBatch, float]]:
+        return self._train.batches(epoch, start)
+
+    def loss(
+        self, batch: StudentBatch, step: int, warmup: float
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        features_BTF = self._spec_augment(batch.features_BTF).to(self._device)
+        output = self._forward(features_BTF, batch, warmup)
+        simple, pruned = output.simple_loss_B.sum(), output.pruned_loss_B.sum()
+        scale = pruned_loss_scale(warmup)
+        loss = SIMPLE_LOSS_SCALE * simple
+        if scale > 0:
+            loss = loss + scale * pruned
+        figures = {"simple": simple.item(), "pruned": pruned.item()}
+        if self._distillation is not None:
+            distilled = self._distillation.loss(
+                output.middle_outputs[0], output.encoder_lens_B, batch.labels_BUN.to(self._device)
+            )
+            loss = loss + distilled
+            figures["distillation"] = distilled.item()
+        # Figures are shown per encoder frame, as icefall shows them.
+        figures["weight"] = float(output.encoder_lens_B.sum())
+        return loss, figures
+
+    def _forward(self, features_BTF: torch.Tensor, batch: StudentBatch, warmup: float):
+        return self.model(
+            features_BTF,
+            batch.lengths_B.to(self._device),
+            batch.tokens,
+            prune_range=self._settings.prune_range,
+            am_scale=self._settings.am_scale,
+            lm_scale=self._settings.lm_scale,
+            warmup=warmup,
+        )
+
+    def validate(self) -> dict[str, float]:
+        figures = {}
+        for part, data in self._dev.items():
+            pruned, frames = 0.0, 0
+            results: list[Result] = []
+            for batch, _ in data.batches(epoch=0):
+                output = self._forward(batch.features_BTF.to(self._device), batch, warmup=1.0)
+                pruned += output.pruned_loss_B.sum().item()
+                frames += int(output.encoder_lens_B.sum())
+                found = greedy_search_batch(
+                    self.model, output.encoder_out_BTC, output.encoder_lens_B
+                )
+                for name, text, hypothesis in zip(batch.ids, batch.texts, found):
+                    words = self._tokens.decode(hypothesis.tokens).split()
+                    results.append((name, text.split(), words))
+            figures[f"pruned-{part}"] = pruned / frames
+            figures[f"wer-{part}"] = word_error_rate(results)
+        return figures
+
+    def describe(self, batch: StudentBatch) -> str:
+        return ", ".join(batch.ids)

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Data of one corpus: audio, manifests, features, word pieces. run.sh calls it as stage 0.
+#
+#   0  make or download the corpus, in LibriSpeech's folder layout
+#   1  lhotse manifests; broken utterances are counted, listed and left out
+#   2  features; the training parts also at other speeds
+#   3  word pieces from the training transcripts
+
+# shellcheck disable=SC2154  # the recipe of the corpus sets them
+set -euo pipefail
+caller=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# options
+stage=0          # first stage to run
+stop_stage=3     # last stage to run
+corpus=mini      # a folder of egs/
+size=""          # of corpus mini: smoke, small (the default) or full
+split=""         # of corpus digits: take (the default) or speaker
+dl_dir=""        # a copy of what would be downloaded
+num_workers=2    # processes
+# end of options
+
+. local/parse_options.sh
+. local/recipe.sh
+. ./path.sh
+. local/steps.sh
+
+if ((stage <= 0 && stop_stage >= 0)); then
+    # shellcheck disable=SC2046
+    step corpus "" "$data/corpus" \
+        python3 "egs/$corpus/make_corpus.py" $(conf corpus) ${split:+--split "$split"} \
+        ${dl_dir:+--dl_dir "$dl_dir"} --out_dir "$data/corpus" --num_workers "$num_workers"
+fi
+if ((stage <= 1 && stop_stage >= 1)); then
+    # shellcheck disable=SC2046,SC2086
+    step manifests "corpus" "$data/manifests" \
+        python3 local/prepare_manifests.py $(conf check) --corpus_dir "$data/corpus" \
+        --parts "$(list $train_parts $pool_parts $dev_parts $test_parts)" \
+        --out_dir "$data/manifests"
+fi
+if ((stage <= 2 && stop_stage >= 2)); then
+    # shellcheck disable=SC2046,SC2086
+    step features "manifests" "$data/fbank $data/fbank/train.jsonl.gz" \
+        python3 local/compute_features.py $(conf features) --manifests_dir "$data/manifests" \
+        --train_parts "$(list $train_parts)" --test_parts "$(list $dev_parts $test_parts)" \
+        --out_dir "$data/fbank" --num_workers "$num_workers"
+fi
+if ((stage <= 3 && stop_stage >= 3)); then
+    # shellcheck disable=SC2046
+    step tokens "features" "$data/tokens" \
+        python3 local/train_tokens.py $(conf tokens) --train_manifest "$data/fbank/train.jsonl.gz" \
+        --out_dir "$data/tokens"
+fi

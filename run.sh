@@ -1,0 +1,189 @@
+#!/usr/bin/env bash
+# MVQ-KD: distil a self-supervised teacher into a small transducer through stored
+# codebook indexes. Alone, on the embedded corpus; every stage that is done is skipped.
+#
+#   0  prepare.sh: corpus, manifests, features, word pieces
+#   1  get the teacher
+#   2  verify the teacher: WER of its CTC head
+#   3  teacher embeddings of a sample of utterances
+#   4  train the codebooks
+#   5  dump the codebook indexes of the training set
+#   6  train the students
+#   7  decode the test sets
+#   8  report
+#   9  export for deployment
+
+# shellcheck disable=SC2154  # the recipe of the corpus sets them
+set -euo pipefail
+caller=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# options
+stage=0              # first stage to run
+stop_stage=9         # last stage to run
+corpus=mini          # a folder of egs/
+size=""              # of corpus mini: smoke, small (the default) or full
+split=""             # of corpus digits: take (the default) or speaker
+dl_dir=""            # a copy of what would be downloaded
+device=auto          # auto|cpu|cuda: where to run
+train_teacher=false  # train the embedded teacher anew instead of taking the shipped one
+labels=mvq           # name of the set of labels that is dumped and learned from
+students=""          # which of the recipe's students; all where empty
+num_workers=2        # processes of stage 0
+num_jobs=2           # students that are trained at once on the CPU, threads shared among them
+# end of options
+
+. local/parse_options.sh
+. local/recipe.sh
+. ./path.sh
+. local/steps.sh
+
+on() {
+    ((stage <= $1 && stop_stage >= $1))
+}
+
+# The recipe's students: lines of a name and the conf files that make it differ.
+students_file=egs/$corpus/conf/students.txt
+[[ ! -f egs/$corpus/conf/${size:-none}/students.txt ]] ||
+    students_file=egs/$corpus/conf/$size/students.txt
+declare -A student_confs=()
+student_names=()
+while read -r student confs; do
+    [[ -n $student && $student != '#'* ]] || continue
+    student_confs[$student]=$confs
+    student_names+=("$student")
+done <"$students_file"
+known_students=${student_names[*]}
+[[ -z $students ]] || read -ra student_names <<<"$students"
+for student in "${student_names[@]}"; do
+    if [[ -z ${student_confs[$student]+set} ]]; then
+        echo "$0: --students $student: not in $students_file; it has: $known_students" >&2
+        exit 1
+    fi
+done
+
+manifests() {
+    local part paths=()
+    for part; do
+        paths+=("$data/$manifest_kind/$part.jsonl.gz")
+    done
+    list "${paths[@]}"
+}
+
+if on 0; then
+    ./prepare.sh --corpus "$corpus" --size "$size" --split "$split" --dl-dir "$dl_dir" \
+        --num-workers "$num_workers"
+fi
+
+manifest_kind=manifests
+if on 1; then
+    if [[ $train_teacher == true || -z $teacher ]]; then
+        # shellcheck disable=SC2046,SC2086
+        step teacher "manifests" "$exp/teacher $exp/teacher-training" \
+            python3 local/train_teacher.py $(conf teacher-training) \
+            ${teacher_init:+--init "$teacher_init"} \
+            --train_manifests "$(manifests $train_parts $pool_parts)" \
+            --dev_manifests "$(manifests $dev_parts)" \
+            --work_dir "$exp/teacher-training" --out_dir "$exp/teacher" --device "$device"
+    else
+        step teacher "" "$exp/teacher" python3 local/get_teacher.py --teacher "$teacher" \
+            --out_dir "$exp/teacher"
+    fi
+fi
+if on 2; then
+    # shellcheck disable=SC2046,SC2086
+    step verify-teacher "teacher manifests" "$exp/teacher-wer" \
+        python3 local/verify_teacher.py --teacher "$exp/teacher" \
+        --test_manifests "$(manifests $test_parts)" --out_dir "$exp/teacher-wer" --device "$device"
+fi
+
+manifest_kind=fbank
+quantizer=$exp/quantizer/$labels/quantizer.pt
+if on 3; then
+    # shellcheck disable=SC2046
+    step "embeddings-$labels" "teacher features" "$exp/quantizer/$labels/embeddings.h5" \
+        python3 local/sample_embeddings.py $(conf teacher sample) --teacher "$exp/teacher" \
+        --train_manifest "$data/fbank/train.jsonl.gz" \
+        --out "$exp/quantizer/$labels/embeddings.h5" --device "$device"
+fi
+if on 4; then
+    # shellcheck disable=SC2046
+    step "quantizer-$labels" "embeddings-$labels" \
+        "$quantizer $exp/quantizer/$labels/diagnostics.json" \
+        python3 local/train_quantizer.py $(conf quantizer) \
+        --embeddings "$exp/quantizer/$labels/embeddings.h5" --out_dir "$exp/quantizer/$labels" \
+        --device "$device"
+fi
+if on 5; then
+    # shellcheck disable=SC2046
+    step "labels-$labels" "quantizer-$labels features" "$data/labels/$labels" \
+        python3 local/dump_labels.py $(conf labels) --teacher "$exp/teacher" \
+        --quantizer "$quantizer" --train_manifest "$data/fbank/train.jsonl.gz" \
+        --out "$data/labels/$labels/train.jsonl.gz" --device "$device"
+fi
+
+train_student() {
+    local student=$1 confs kind_args=() after="features tokens"
+    local manifest=$data/fbank/train.jsonl.gz
+    confs="student training ${student_confs[$student]}"
+    if [[ $confs != *distillation/none* ]]; then
+        after="labels-$labels tokens"
+        manifest=$data/labels/$labels/train.jsonl.gz
+        kind_args=(--distillation.quantizer "$quantizer")
+    fi
+    # shellcheck disable=SC2046,SC2086
+    step "student-$student" "$after" "$exp/$student" \
+        python3 local/train_student.py $(conf $confs) "${kind_args[@]}" \
+        --train_manifest "$manifest" --dev_manifests "$(manifests $dev_parts)" \
+        --tokens_dir "$data/tokens" --exp_dir "$exp/$student" --device "$device"
+}
+
+# On the CPU small students train faster side by side, one thread each, than one after the
+# other with all threads.
+train_students() {
+    local student pids=() pid cores running=0
+    cores=$(nproc)
+    if [[ $device == cuda || ($device == auto && -e /dev/nvidiactl) ]]; then
+        num_jobs=1
+    else
+        export OMP_NUM_THREADS=$((cores > num_jobs ? cores / num_jobs : 1))
+    fi
+    trap 'kill $(jobs -p) 2>/dev/null' EXIT
+    for student in "${student_names[@]}"; do
+        if ((running >= num_jobs)); then
+            wait -n || return 1
+            running=$((running - 1))
+        fi
+        train_student "$student" &
+        pids+=($!)
+        running=$((running + 1))
+    done
+    for pid in "${pids[@]}"; do
+        wait "$pid" || return 1
+    done
+    trap - EXIT
+}
+
+if on 6; then
+    train_students
+fi
+if on 7; then
+    for student in "${student_names[@]}"; do
+        # shellcheck disable=SC2046,SC2086
+        step "decode-$student" "student-$student" "$exp/$student/decoded.json" \
+            python3 local/decode.py $(conf decoding) --exp_dir "$exp/$student" \
+            --test_manifests "$(manifests $test_parts)" --tokens_dir "$data/tokens" \
+            --device "$device"
+    done
+fi
+if on 8; then
+    # shellcheck disable=SC2046
+    step report "verify-teacher ${student_names[*]/#/decode-}" \
+        "$exp/results.json $exp/report" \
+        python3 local/report.py --exp_dir "$exp" --data_dir "$data" --labels "$labels" \
+        --students "$(list "${student_names[@]}")" --command "./run.sh --corpus $corpus${size:+ --size $size}"
+    cat "$exp/report/table.txt"
+fi
+if on 9; then
+    log "stage 9: export for deployment is not there yet"
+fi

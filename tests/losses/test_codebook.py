@@ -1,0 +1,138 @@
+"""JointCodebookLoss against the authors' package: value, gradients, padding, memory."""
+
+import pytest
+import torch
+from multi_quantization.prediction import JointCodebookLoss as PeerLoss
+
+from mvqkd.losses.codebook import JointCodebookLoss
+
+C, N, K, H = 12, 4, 16, 20
+
+
+def _pair(is_joint, reduction="sum", checkpoint=True, **sizes):
+    torch.manual_seed(1)
+    sizes = {"num_codebooks": N, "codebook_size": K, **sizes}
+    peer = PeerLoss(C, hidden_channels=H, is_joint=is_joint, reduction=reduction, **sizes)
+    peer.checkpoint = False
+    ours = JointCodebookLoss(
+        C, hidden_channels=H, is_joint=is_joint, reduction=reduction, checkpoint=checkpoint, **sizes
+    )
+    torch.nn.init.normal_(peer.linear2_bias)
+    ours.load_state_dict(peer.state_dict())
+    return ours, peer
+
+
+def _batch(padded=True, num_codebooks=N, codebook_size=K):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(3, 9, C, generator=generator)
+    indexes = torch.randint(0, codebook_size, (3, 9, num_codebooks), generator=generator)
+    if padded:
+        indexes[1, 5:] = -100
+        indexes[2, 2:] = -100
+    return x, indexes
+
+
+def _close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("is_joint", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_value_and_gradients_are_the_peers(is_joint, reduction, checkpoint):
+    ours, peer = _pair(is_joint, reduction, checkpoint)
+    x, indexes = _batch()
+    grads = []
+    values = []
+    for module in (ours, peer):
+        x_leaf = x.clone().requires_grad_()
+        value = module(x_leaf, indexes)
+        (value * torch.linspace(0.5, 1.5, value.numel()).view(value.shape)).sum().backward()
+        values.append(value.detach())
+        grads.append({"x": x_leaf.grad, **{n: p.grad for n, p in module.named_parameters()}})
+    _close(*values)
+    assert grads[0].keys() == grads[1].keys()
+    for name, expected in grads[1].items():
+        if expected is None:
+            assert grads[0][name] is None
+        else:
+            _close(grads[0][name], expected)
+
+
+def test_state_dict_loads_both_ways():
+    ours, peer = _pair(is_joint=True)
+    peer.load_state_dict(ours.state_dict())
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in peer.named_parameters()]
+
+
+def test_chunks_do_not_change_the_result(monkeypatch):
+    ours, peer = _pair(is_joint=False)
+    x, indexes = _batch()
+    monkeypatch.setattr("mvqkd.losses.codebook._CHUNK_LOGITS", {"cpu": 4 * N * K, "cuda": 1})
+    x_leaf = x.clone().requires_grad_()
+    ours(x_leaf, indexes).backward()
+    peer(x, indexes).backward()
+    _close(ours.linear2b_weight.grad, peer.linear2b_weight.grad)
+    _close(ours.linear2_bias.grad, peer.linear2_bias.grad)
+    assert torch.equal(x_leaf.grad[1, 5:], torch.zeros(4, C))
+
+
+def test_single_ignored_indexes_and_extreme_logits():
+    ours, peer = _pair(is_joint=False)
+    x, indexes = _batch(padded=False)
+    indexes[0, 0, 1] = -100
+    _close(ours(100 * x, indexes), peer(100 * x, indexes))
+
+
+def test_no_logits_are_kept_for_backward():
+    ours, _ = _pair(is_joint=False, num_codebooks=8, codebook_size=256)
+    x, indexes = _batch(num_codebooks=8, codebook_size=256)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (saved.append(t.numel()), t)[1], lambda t: t
+    ):
+        ours(x.requires_grad_(), indexes)
+    # The gradients themselves: of the weight, the bias and the frames that count.
+    assert max(saved) == 8 * 256 * C
+
+
+def test_one_codebook_and_no_frame_that_counts():
+    loss = JointCodebookLoss(C, 1, is_joint=False, codebook_size=K)
+    x = torch.randn(2, C, requires_grad=True)
+    value = loss(x, torch.full((2, 1), -100))
+    value.backward()
+    assert value.item() == 0.0
+    assert torch.equal(x.grad, torch.zeros(2, C))
+
+
+def test_autocast_gives_a_finite_float32_loss():
+    ours, _ = _pair(is_joint=False)
+    x, indexes = _batch()
+    full = ours(x, indexes)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = ours(x, indexes)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, full, rtol=0.02, atol=0.0)
+
+
+@pytest.mark.parametrize("is_joint", [False, True])
+def test_accuracy_per_codebook(is_joint):
+    ours, _ = _pair(is_joint)
+    x, indexes = _batch()
+    with torch.no_grad():
+        best = ours._logits(x.view(-1, C), indexes.view(-1, N)).argmax(dim=2).view(3, 9, N)
+    expected = torch.stack(
+        [(best[..., n] == indexes[..., n])[indexes[..., n] >= 0].float().mean() for n in range(N)]
+    )
+    torch.testing.assert_close(ours.accuracy(x, indexes), expected)
+
+
+def test_bad_input_is_named():
+    ours, _ = _pair(is_joint=False)
+    x, indexes = _batch()
+    with pytest.raises(ValueError, match="codebook index 16"):
+        ours(x, indexes.clamp(min=0).index_fill(0, torch.tensor([0]), K))
+    with pytest.raises(ValueError, match="do not belong together"):
+        ours(x, indexes[:, :, :2])
+    with pytest.raises(ValueError, match="reduction"):
+        JointCodebookLoss(C, N, reduction="total")

@@ -1,0 +1,121 @@
+"""Scaled layers, norm, DoubleSwish, dropout and the balancer against their formulas."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mvqkd.errors import RecipeError
+from mvqkd.students.scaling import (
+    ActivationBalancer,
+    BasicNorm,
+    DoubleSwish,
+    Dropout,
+    ScaledConv1d,
+    ScaledConv2d,
+    ScaledEmbedding,
+    ScaledLinear,
+)
+
+
+def test_scaled_layers_start_as_published():
+    torch.manual_seed(0)
+    layer = ScaledLinear(64, 200, initial_scale=0.25, initial_speed=0.5)
+    assert layer.weight.std().item() == pytest.approx(0.2, rel=0.02)
+    assert layer.weight_scale.item() == pytest.approx(math.log(0.25 * 64**-0.5 / 0.2))
+    assert layer.bias_scale.item() == pytest.approx(math.log(0.25))
+    assert layer.bias.abs().max() == 0
+    x = torch.randn(500, 64)
+    assert layer(x).std().item() == pytest.approx(0.25, rel=0.05)
+    assert ScaledConv1d(6, 6, 5, groups=6).weight_scale.item() == pytest.approx(
+        math.log(5**-0.5 / 0.1)
+    )
+    assert ScaledConv2d(2, 6, 3, bias=False).bias_scale is None
+    assert ScaledEmbedding(300, 20).weight.std().item() == pytest.approx(0.1, rel=0.05)
+
+
+def test_scaled_layers_multiply_by_exp_of_scale():
+    torch.manual_seed(0)
+    layer = ScaledConv1d(3, 4, 3)
+    with torch.no_grad():
+        layer.bias.normal_()
+    x = torch.randn(2, 3, 9)
+    expected = F.conv1d(x, layer.weight * layer.weight_scale.exp(), layer.bias)
+    assert torch.allclose(layer(x), expected, atol=1e-6)
+
+
+def test_basic_norm():
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    expected = x / (x.pow(2).mean(-1, keepdim=True) + 0.25).sqrt()
+    assert torch.allclose(BasicNorm().double()(x), expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 70, 1000)])
+def test_double_swish_and_gradient(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn_like(x)
+    y = DoubleSwish()(x)
+    (actual,) = torch.autograd.grad(y, x, grad)
+    expected = x * torch.sigmoid(x - 1)
+    assert torch.allclose(y, expected)
+    assert torch.allclose(actual, torch.autograd.grad(expected, x, grad)[0])
+
+
+def test_double_swish_keeps_channels_last_order():
+    x = torch.randn(2, 40, 50, 60).to(memory_format=torch.channels_last).requires_grad_()
+    y = DoubleSwish()(x)
+    y.sum().backward()
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(y, x * torch.sigmoid(x - 1), atol=1e-6)
+
+
+def test_dropout_share_scale_and_gradient():
+    torch.manual_seed(0)
+    x = torch.ones(301, 333, requires_grad=True)
+    y = Dropout(0.1)(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+    assert (y == 0).float().mean().item() == pytest.approx(0.1, abs=0.004)
+    assert y.max().item() == pytest.approx(1 / 0.9, rel=1e-4)
+    assert y.detach().mean().item() == pytest.approx(1.0, abs=0.005)
+    assert Dropout(0.1).eval()(x) is x
+    with pytest.raises(RecipeError, match="dropout"):
+        Dropout(1.5)
+
+
+def test_dropout_repeats_from_a_generator_state():
+    state = torch.get_rng_state()
+    first = Dropout(0.5)(torch.ones(50))
+    torch.set_rng_state(state)
+    assert torch.equal(first, Dropout(0.5)(torch.ones(50)))
+
+
+def test_balancer_pushes_by_sign_share_and_size():
+    balancer = ActivationBalancer(channel_dim=-1, max_abs=2.0, balance_prob=1.0)
+    # Channels: all positive; all negative; balanced; too small; too large.
+    up_and_down = torch.tensor([1.0, -1.0]).repeat(10)
+    x = torch.stack(
+        [torch.ones(20), -torch.ones(20), up_and_down, 0.1 * up_and_down, 3 * up_and_down], dim=1
+    ).requires_grad_()
+    balancer(x).backward(torch.full((20, 5), -2.0))
+    added = x.grad + 2.0
+    # |grad| = 2 and strength 0.01: all positive or all negative gets the full factor.
+    assert torch.allclose(added[:, 0], torch.tensor(0.02), atol=1e-6)
+    assert torch.allclose(added[:, 1], torch.tensor(-0.02), atol=1e-6)
+    assert torch.equal(added[:, 2], torch.zeros(20))
+    assert torch.allclose(added[:, 3], -0.02 * up_and_down, atol=1e-6)
+    assert torch.allclose(added[:, 4], 0.02 * up_and_down, atol=1e-6)
+
+
+def test_balancer_is_identity_where_off_and_applies_as_often_as_asked():
+    torch.manual_seed(0)
+    x = torch.ones(4, 3, requires_grad=True)
+    balancer = ActivationBalancer(channel_dim=-1)
+    assert balancer.eval()(x) is x
+    balancer.train().balance_prob = 0.0
+    assert balancer(x) is x
+    balancer.balance_prob = 0.25
+    applied = sum(balancer(x) is not x for _ in range(400))
+    assert 70 < applied < 130
