@@ -43,9 +43,10 @@ on() {
 }
 
 # The recipe's students: lines of a name and the conf files that make it differ.
-students_file=egs/$corpus/conf/students.txt
-[[ ! -f egs/$corpus/conf/${size:-none}/students.txt ]] ||
-    students_file=egs/$corpus/conf/$size/students.txt
+for file in "conf/${scale:-none}/students.txt" "egs/$corpus/conf/students.txt" \
+    "egs/$corpus/conf/${size:-none}/students.txt"; do
+    [[ ! -f $file ]] || students_file=$file
+done
 declare -A student_confs=()
 student_names=()
 while read -r student confs; do

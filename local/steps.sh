@@ -14,12 +14,13 @@ log() {
     echo "$(date +%H:%M:%S) $*" >&2
 }
 
-# conf NAME...: "--config FILE" for the general file, the corpus's and that of its size.
+# conf NAME...: "--config FILE" for each file of that name, from the general to the particular:
+# the published settings, those of the scale, of the corpus, and of its size.
 conf() {
     local name file
     for name; do
-        for file in "conf/$name.yaml" "egs/$corpus/conf/$name.yaml" \
-            "egs/$corpus/conf/${size:-none}/$name.yaml"; do
+        for file in "conf/$name.yaml" "conf/${scale:-none}/$name.yaml" \
+            "egs/$corpus/conf/$name.yaml" "egs/$corpus/conf/${size:-none}/$name.yaml"; do
             [[ ! -f $file ]] || printf -- '--config %s ' "$file"
         done
     done

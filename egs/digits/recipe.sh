@@ -6,6 +6,8 @@ if [[ $split != take && $split != speaker ]]; then
     exit 1
 fi
 name=digits-$split
+# conf/laptop: students, teacher and codebooks of a size for two cores.
+scale=laptop
 train_parts="train-clean-100"
 pool_parts=""
 dev_parts="dev-clean"

@@ -6,6 +6,8 @@ if [[ ! -d egs/mini/conf/$size ]]; then
     exit 1
 fi
 name=mini-$size
+# conf/laptop: students, teacher and codebooks of a size for two cores.
+scale=laptop
 train_parts="train-clean-100"
 pool_parts="train-clean-360 train-other-500"
 dev_parts="dev-clean dev-other"
