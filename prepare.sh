@@ -29,7 +29,7 @@ num_workers=2    # processes
 if ((stage <= 0 && stop_stage >= 0)); then
     # shellcheck disable=SC2046
     step corpus "" "$data/corpus" \
-        python3 "egs/$corpus/make_corpus.py" $(conf corpus) ${split:+--split "$split"} \
+        python3 "${make_corpus:-egs/$corpus/make_corpus.py}" $(conf corpus) ${split:+--split "$split"} \
         ${dl_dir:+--dl_dir "$dl_dir"} --out_dir "$data/corpus" --num_workers "$num_workers"
 fi
 if ((stage <= 1 && stop_stage >= 1)); then

@@ -43,7 +43,7 @@ on() {
 }
 
 # The recipe's students: lines of a name and the conf files that make it differ.
-for file in "conf/${scale:-none}/students.txt" "egs/$corpus/conf/students.txt" \
+for file in conf/students.txt "conf/${scale:-none}/students.txt" "egs/$corpus/conf/students.txt" \
     "egs/$corpus/conf/${size:-none}/students.txt"; do
     [[ ! -f $file ]] || students_file=$file
 done
@@ -54,6 +54,10 @@ while read -r student confs; do
     student_confs[$student]=$confs
     student_names+=("$student")
 done <"$students_file"
+if ((num_jobs < 1 || num_workers < 1)); then
+    echo "$0: --num-jobs $num_jobs, --num-workers $num_workers: give at least 1 of each" >&2
+    exit 1
+fi
 known_students=${student_names[*]}
 [[ -z $students ]] || read -ra student_names <<<"$students"
 for student in "${student_names[@]}"; do
@@ -72,8 +76,8 @@ manifests() {
 }
 
 if on 0; then
-    ./prepare.sh --corpus "$corpus" --size "$size" --split "$split" --dl-dir "$dl_dir" \
-        --num-workers "$num_workers"
+    attended ./prepare.sh --corpus "$corpus" --size "$size" --split "$split" \
+        --dl-dir "$dl_dir" --num-workers "$num_workers"
 fi
 
 manifest_kind=manifests
@@ -110,7 +114,7 @@ fi
 if on 4; then
     # shellcheck disable=SC2046
     step "quantizer-$labels" "embeddings-$labels" \
-        "$quantizer $exp/quantizer/$labels/diagnostics.json" \
+        "$quantizer $exp/quantizer/$labels/diagnostics.json $exp/quantizer/$labels/checkpoint.pt?" \
         python3 local/train_quantizer.py $(conf quantizer) \
         --embeddings "$exp/quantizer/$labels/embeddings.h5" --out_dir "$exp/quantizer/$labels" \
         --device "$device"
@@ -142,25 +146,25 @@ train_student() {
 # On the CPU small students train faster side by side, one thread each, than one after the
 # other with all threads.
 train_students() {
-    local student pids=() pid cores running=0
-    cores=$(nproc)
+    local student cores running=0
     if [[ $device == cuda || ($device == auto && -e /dev/nvidiactl) ]]; then
         num_jobs=1
-    else
-        export OMP_NUM_THREADS=$((cores > num_jobs ? cores / num_jobs : 1))
+    elif [[ -z ${OMP_NUM_THREADS:-} ]]; then
+        cores=$(nproc)
+        local -x OMP_NUM_THREADS=$((cores > num_jobs ? cores / num_jobs : 1))
     fi
-    trap 'kill $(jobs -p) 2>/dev/null' EXIT
+    # One that fails ends the others, which leave their checkpoints.
+    trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
     for student in "${student_names[@]}"; do
         if ((running >= num_jobs)); then
-            wait -n || return 1
+            wait -n
             running=$((running - 1))
         fi
         train_student "$student" &
-        pids+=($!)
         running=$((running + 1))
     done
-    for pid in "${pids[@]}"; do
-        wait "$pid" || return 1
+    for ((; running > 0; running--)); do
+        wait -n
     done
     trap - EXIT
 }

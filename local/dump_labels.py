@@ -34,7 +34,7 @@ def main(settings: Settings) -> None:
     cuts = read_cuts(settings.train_manifest)
     dumper = Dumper(teacher, quantizer, origin, settings.labels, device)
     labelled = dump_labels(cuts, settings.out, dumper, settings.labels.shard_size)
-    verify_labels(labelled, teacher, quantizer.num_codebooks, origin)
+    verify_labels(labelled, teacher, quantizer.num_codebooks, origin, quantizer.codebook_size)
 
 
 if __name__ == "__main__":

@@ -5,24 +5,30 @@
 #
 # runs COMMAND unless the stamp $stamps/NAME says that it has been run. A stamp is a hash of
 # the command line, of the files named after --config (comments left out), of the lists of
-# files in folders named after --dl_dir, and of the stamps named in AFTER. Options that do
-# not change what is made (--device, --num_workers) are no part of it. When the hash has
-# changed, OUTPUTS (paths, relative to the recipe) are removed first; when it has not, a
-# step that was killed goes on with what it has left there.
+# files in folders named after --dl_dir, of the files of a teacher that is not made here, and
+# of the stamps named in AFTER. Options that do not change what is made (--device,
+# --num_workers) are no part of it. When the hash has changed, OUTPUTS (paths, relative to the
+# recipe) are removed first; when it has not, a step that was killed goes on with what it has
+# left there. An output that ends in ? is removed likewise, but need not be there in the end.
 
 log() {
     echo "$(date +%H:%M:%S) $*" >&2
 }
 
 # conf NAME...: "--config FILE" for each file of that name, from the general to the particular:
-# the published settings, those of the scale, of the corpus, and of its size.
+# the published settings, those of the scale, of the corpus, and of its size. A name that none
+# of them has is passed on, for `step` to complain of.
 conf() {
-    local name file
+    local name file found
     for name; do
+        found=false
         for file in "conf/$name.yaml" "conf/${scale:-none}/$name.yaml" \
             "egs/$corpus/conf/$name.yaml" "egs/$corpus/conf/${size:-none}/$name.yaml"; do
-            [[ ! -f $file ]] || printf -- '--config %s ' "$file"
+            [[ -f $file ]] || continue
+            printf -- '--config %s ' "$file"
+            found=true
         done
+        $found || printf -- '--config %s ' "conf/$name.yaml"
     done
 }
 
@@ -41,13 +47,21 @@ _step_hash() {
                 --device | --num_workers) ;;
                 --config)
                     if [[ ! -f $word ]]; then
-                        echo "$word: no such file; name a conf that exists" >&2
+                        echo "$0: $word: no such file; name a conf that exists" >&2
                         return 1
                     fi
                     echo "$word"
-                    sed -e 's/[[:space:]]*#.*//' -e '/^[[:space:]]*$/d' "$word"
+                    sed -E -e 's/(^|[[:space:]]+)#.*//' -e '/^[[:space:]]*$/d' "$word"
                     ;;
-                --dl_dir) [[ ! -d $word ]] || (cd "$word" && find . -type f -printf '%P %s\n' | sort) ;;
+                --dl_dir)
+                    echo "$word"
+                    [[ ! -d $word ]] || (cd "$word" && find . -type f -printf '%P %s\n' | sort)
+                    ;;
+                --teacher | --init)
+                    echo "$word"
+                    # One that an earlier step made is known by that step's stamp.
+                    [[ $word == "$exp"/* || ! -d $word ]] || _folder_state "$word"
+                    ;;
                 *) echo "$word" ;;
             esac
             previous=$word
@@ -59,13 +73,33 @@ _step_hash() {
     [[ ${PIPESTATUS[0]} -eq 0 ]]
 }
 
+# attended COMMAND...: run it, and end it when this shell ends. In the background, because bash
+# acts on a signal only when a command in the foreground has ended.
+attended() {
+    local child status=0
+    "$@" &
+    child=$!
+    # shellcheck disable=SC2064  # this child
+    trap "kill $child 2>/dev/null; wait $child" EXIT
+    wait "$child" || status=$?
+    trap - EXIT
+    return "$status"
+}
+
+# Small files by their bytes; large ones, which would take seconds, by size and time.
+_folder_state() (
+    cd "$1" || return
+    find . -type f -size -64M -exec sha256sum {} + | sort
+    find . -type f -size +63M -printf '%P %s %T@\n' | sort
+)
+
 step() {
     local name=$1 after=$2 outputs=$3 hash output whole=true started
     shift 3
     mkdir -p "$stamps"
     hash=$(_step_hash "$after" "$@") || return 1
     for output in $outputs; do
-        [[ -e $output ]] || whole=false
+        [[ $output == *\? || -e $output ]] || whole=false
     done
     if $whole && [[ "$(cat "$stamps/$name" 2>/dev/null)" == "$hash" ]]; then
         log "$name: done already"
@@ -73,19 +107,19 @@ step() {
     fi
     if [[ "$(cat "$stamps/$name.begun" 2>/dev/null)" != "$hash" ]]; then
         for output in $outputs; do
-            rm -rf "${output:?}"
+            rm -rf "${output%\?}"
         done
         echo "$hash" >"$stamps/$name.begun"
     fi
     rm -f "$stamps/$name"
     log "$name: begins"
     started=$SECONDS
-    "$@" || {
+    attended "$@" || {
         log "$name: failed"
         return 1
     }
     for output in $outputs; do
-        if [[ ! -e $output ]]; then
+        if [[ $output != *\? && ! -e $output ]]; then
             log "$name: did not leave $output"
             return 1
         fi

@@ -62,7 +62,18 @@ def make_distillation(settings: Settings, model, cuts) -> Distillation | None:
     return Distillation(wanted, settings.model.encoder.d_model, pairing, quantizer, meta)
 
 
+def log_beside(exp_dir: Path) -> None:
+    """Name the student in each line, and keep the lines in ``train.log``: others train beside."""
+    exp_dir.mkdir(parents=True, exist_ok=True)
+    root = logging.getLogger()
+    root.addHandler(logging.FileHandler(exp_dir / "train.log"))
+    form = logging.Formatter(f"%(asctime)s {exp_dir.name}: %(message)s", datefmt="%H:%M:%S")
+    for handler in root.handlers:
+        handler.setFormatter(form)
+
+
 def main(settings: Settings) -> None:
+    log_beside(settings.exp_dir)
     device = pick_device(settings.device)
     tokens = load_tokens(settings.tokens_dir)
     train_cuts = read_cuts(settings.train_manifest)
@@ -80,7 +91,6 @@ def main(settings: Settings) -> None:
         path.name.split(".")[0]: StudentData(read_cuts(path), tokens, settings.data, seed, False)
         for path in settings.dev_manifests
     }
-    settings.exp_dir.mkdir(parents=True, exist_ok=True)
     with written_aside(settings.exp_dir / "settings.json") as aside:
         document = {"command": " ".join(sys.argv), **asdict(settings)}
         aside.write_text(json.dumps(document, indent=1, default=str) + "\n")

@@ -16,7 +16,10 @@ options, win. A nested field is ``--a.b value``; an unknown key is an error.
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -45,21 +48,49 @@ def parse(settings_class: type[T], args: Sequence[str] | None = None) -> tuple[T
     try:
         namespace = parser.parse_args(args)
     except ArgumentError as error:
-        raise RecipeError(_one_line(str(error))) from error
+        where = _conf_file_at_fault(parser, sys.argv[1:] if args is None else args, str(error))
+        raise RecipeError(f"{where}{_one_line(str(error))}; --help lists the options") from error
     debug = namespace.pop("debug")
     namespace.pop("config")
-    values = parser.instantiate_classes(namespace)
+    values = parser.instantiate(namespace)
     return settings_class(**values.as_dict()), debug
+
+
+def _conf_file_at_fault(parser: ArgumentParser, args: Sequence[str], message: str) -> str:
+    """``"FILE: "`` if a conf file alone gives this message, else nothing."""
+    for option, path in itertools.pairwise(args):
+        if option == "--config":
+            try:
+                parser.parse_args([option, path])
+            except ArgumentError as error:
+                if str(error) == message:
+                    return f"{path}: "
+            except RecipeError:
+                pass  # a value that does not suit its neighbours says so itself
+    return ""
 
 
 def _one_line(message: str) -> str:
     return "; ".join(line.strip(" -") for line in message.splitlines() if line.strip())
 
 
+def _end_cleanly_on_sigterm() -> None:
+    """As Ctrl-C does: what is half-written is removed, and worker processes end too."""
+    main_process = os.getpid()
+
+    def end(*_) -> None:
+        if os.getpid() != main_process:
+            os._exit(143)  # a forked worker has nothing to tidy, and may wait for its parent
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, end)
+
+
 def run(main: Callable[[T], None], settings_class: type[T]) -> None:
     """Parse the command line, call ``main`` and exit: 0, or 1 after one line on stderr."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     debug = "--debug" in sys.argv
+    _end_cleanly_on_sigterm()
     try:
         settings, debug = parse(settings_class)
         main(settings)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +18,17 @@ def written_aside(path: Path | str) -> Iterator[Path]:
     """Give a temporary name beside ``path``; it takes the place of ``path`` on success.
 
     The temporary name keeps the suffixes of ``path`` (lhotse chooses a format by
-    them). What it names may be a file or a folder.
+    them). What it names may be a file or a folder. What killed processes of this
+    machine have left of ``path`` is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".part-{os.getpid()}-{path.name}")
+    host = platform.node()
+    for stale in path.parent.glob(f".part-{glob.escape(host)}-*-{glob.escape(path.name)}"):
+        pid = stale.name[len(f".part-{host}-") : -len(f"-{path.name}")]
+        if pid.isdecimal() and not _is_alive(int(pid)):
+            _remove(stale)
+    aside = path.with_name(f".part-{host}-{os.getpid()}-{path.name}")
     _remove(aside)
     try:
         yield aside
@@ -29,6 +37,16 @@ def written_aside(path: Path | str) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         _remove(aside)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def _remove(path: Path) -> None:

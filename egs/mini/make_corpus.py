@@ -6,6 +6,7 @@ import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -19,8 +20,8 @@ from mvqkd.files import written_aside
 class PartSettings:
     """One part of the corpus, in LibriSpeech's names."""
 
-    # "train", "dev" or "test": which sentences it may say.
-    split: str
+    # Which sentences it may say.
+    split: Literal["train", "dev", "test"]
     # eSpeak variants, one a speaker; the first num_voices are used.
     variants: list[str]
     num_voices: int

@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154,SC1090
 # The embedded corpus.
 size=${size:-small}
-if [[ ! -d egs/mini/conf/$size ]]; then
+if [[ ! -f egs/mini/conf/$size/corpus.yaml ]]; then
     echo "$0: --size $size: not known; give smoke, small or full" >&2
     exit 1
 fi

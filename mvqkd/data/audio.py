@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from lhotse import CutSet
 from lhotse.dataset import DynamicBucketingSampler
 
-from mvqkd.errors import RecipeError
+from mvqkd.errors import RecipeError, reason_of
 
 
 @dataclass
@@ -33,9 +34,8 @@ def load_audio(cut) -> np.ndarray:
         return cut.load_audio()[0]
     except Exception as error:  # lhotse's backends raise their own kinds
         source = cut.recording.sources[0].source
-        reason = str(error).splitlines()[0][:120]
         raise RecipeError(
-            f"{source}: cut {cut.id} cannot be read ({type(error).__name__}: {reason}); "
+            f"{source}: cut {cut.id} cannot be read ({reason_of(error)}); "
             "restore the file, or make the manifests again"
         ) from error
 
@@ -62,14 +62,19 @@ def bucketed_batches(
     cuts: CutSet, max_duration: float, seed: int, epoch: int, num_buckets: int = 20
 ) -> Iterator[CutSet]:
     """Batches of like durations, in an order that depends on (seed, epoch) alone."""
-    sampler = DynamicBucketingSampler(
-        cuts,
-        max_duration=max_duration,
-        shuffle=True,
-        seed=seed,
-        num_buckets=min(num_buckets, max(2, len(cuts) // 20)),
-        rank=0,
-        world_size=1,
-    )
+    if len(cuts) == 1:  # lhotse wants a cut for each of at least two buckets
+        return iter([cuts])
+    with warnings.catch_warnings():
+        # Of cuts in memory, which these are meant to be.
+        warnings.filterwarnings("ignore", message=".*eagerly read CutSet")
+        sampler = DynamicBucketingSampler(
+            cuts,
+            max_duration=max_duration,
+            shuffle=True,
+            seed=seed,
+            num_buckets=min(num_buckets, max(2, len(cuts) // 20)),
+            rank=0,
+            world_size=1,
+        )
     sampler.set_epoch(epoch)
     return iter(sampler)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import sentencepiece
@@ -141,5 +140,3 @@ def make_spec_augment(settings: SpecAugmentSettings) -> SpecAugment:
         max_frames_mask_fraction=settings.max_frames_mask_fraction,
         p=settings.p,
     )
-
-

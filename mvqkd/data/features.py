@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from lhotse import CutSet, Fbank, FbankConfig
 from lhotse.features.base import FeatureExtractor, Features
+from lhotse.utils import fastcopy
 
 from mvqkd.data.audio import load_audio
 from mvqkd.data.shards import ArrayFile, map_shards
@@ -65,7 +66,7 @@ def _extract(extractor: FeatureExtractor, cuts: CutSet, arrays: ArrayFile) -> Cu
     for cut in cuts:
         matrix_TF = extractor.extract(load_audio(cut), SAMPLE_RATE)
         arrays.store(cut.id, matrix_TF)
-        cut.features = Features(
+        features = Features(
             type=extractor.name,
             num_frames=matrix_TF.shape[0],
             num_features=matrix_TF.shape[1],
@@ -79,7 +80,7 @@ def _extract(extractor: FeatureExtractor, cuts: CutSet, arrays: ArrayFile) -> Cu
             recording_id=cut.recording_id,
             channels=0,
         )
-        done.append(cut)
+        done.append(fastcopy(cut, features=features))
     return CutSet.from_cuts(done)
 
 

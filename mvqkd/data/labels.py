@@ -18,6 +18,7 @@ import torch
 from lhotse import CutSet
 from lhotse.array import Array, TemporalArray
 from lhotse.cut import MixedCut, PaddingCut
+from lhotse.utils import fastcopy
 
 from mvqkd.data.audio import collate_audio
 from mvqkd.data.shards import ArrayFile, map_shards
@@ -69,6 +70,11 @@ class Dumper:
         settings: LabelSettings,
         device: torch.device,
     ) -> None:
+        if quantizer.codebook_size > 256:
+            raise RecipeError(
+                f"quantizer {origin.quantizer}: an index of {quantizer.codebook_size} entries does "
+                "not fit a byte; use 256 or fewer"
+            )
         self._teacher, self._quantizer = teacher.to(device), quantizer.to(device)
         self._origin, self._settings, self._device = origin, settings, device
 
@@ -82,11 +88,15 @@ class Dumper:
         )
         inside_BT = torch.arange(embeddings_BTD.shape[1], device=self._device) < frames_B[:, None]
         indexes_FN = self._quantizer.encode(
-            embeddings_BTD[inside_BT], refine_indexes_iters=self._settings.refine_iters
+            embeddings_BTD[inside_BT],
+            refine_indexes_iters=self._settings.refine_iters,
+            as_bytes=False,  # N columns whatever K is
         )
-        return [i.cpu().numpy() for i in indexes_FN.split(frames_B.tolist())]
+        indexes_FN = indexes_FN.to(torch.uint8).cpu()
+        return [i.numpy() for i in indexes_FN.split(frames_B.tolist())]
 
     def __call__(self, cuts: CutSet, arrays: ArrayFile) -> CutSet:
+        cuts = CutSet.from_cuts([fastcopy(cut) for cut in cuts])  # the caller's stay as they are
         by_length = sorted(cuts, key=lambda cut: -cut.duration)
         batch: list = []
         for cut in by_length:
@@ -127,8 +137,16 @@ def dump_labels(cuts: CutSet, out: Path, dumper: Dumper, shard_size: int) -> Cut
     return labelled
 
 
-def verify_labels(cuts: CutSet, teacher: HubertTeacher, num_codebooks: int, origin: Origin) -> None:
+def verify_labels(
+    cuts: CutSet,
+    teacher: HubertTeacher,
+    num_codebooks: int,
+    origin: Origin,
+    codebook_size: int = 256,
+) -> None:
     """Every cut has indexes, as many as its duration asks for, in range, of ``origin``.
+
+    For cuts as they were dumped, not truncated since.
 
     Raises:
       RecipeError: the first cut that has not.
@@ -136,17 +154,24 @@ def verify_labels(cuts: CutSet, teacher: HubertTeacher, num_codebooks: int, orig
     num_frames = 0
     for cut in cuts:
         check_origin(cut, origin, accept_unknown=False)
-        indexes_TN = getattr(cut, f"load_{FIELD}")()
-        expected = teacher.num_frames(cut.num_samples)
-        # One more is what icefall stores.
-        if indexes_TN.shape[1] != num_codebooks or indexes_TN.shape[0] - expected not in (0, 1):
-            raise RecipeError(
-                f"cut {cut.id}: its indexes have shape {indexes_TN.shape}, but "
-                f"{cut.duration:.2f} s ask for ({expected}, {num_codebooks}); dump them again"
-            )
+        # All of the array: lhotse cuts off what is too long for the cut.
+        indexes_TN = _stored_indexes(cut, whole=True)
         if indexes_TN.dtype != np.uint8:
             raise RecipeError(
                 f"cut {cut.id}: its indexes are {indexes_TN.dtype}, not uint8; dump them again"
+            )
+        expected = teacher.num_frames(cut.num_samples)
+        # One more is what icefall stores.
+        shapes = [(expected, num_codebooks), (expected + 1, num_codebooks)]
+        if indexes_TN.shape not in shapes:
+            raise RecipeError(
+                f"cut {cut.id}: its indexes have shape {indexes_TN.shape}, but "
+                f"{cut.duration:.2f} s ask for {shapes[0]}; dump them again"
+            )
+        if indexes_TN.max(initial=0) >= codebook_size:
+            raise RecipeError(
+                f"cut {cut.id}: holds index {indexes_TN.max()}, but codebooks have "
+                f"{codebook_size} entries; dump them again"
             )
         num_frames += len(indexes_TN)
     logging.info(
@@ -177,10 +202,27 @@ def check_origin(cut, origin: Origin, accept_unknown: bool) -> None:
         )
 
 
+def _stored_indexes(cut, whole: bool = False) -> np.ndarray:
+    """uint8 (T, N): the part of the array that lies in ``cut``, or the ``whole`` array."""
+    if FIELD not in (cut.custom or {}):
+        raise RecipeError(f"cut {cut.id}: has no {FIELD}; run stage 5")
+    try:
+        return cut.custom[FIELD].load() if whole else cut.load_custom(FIELD)
+    except (OSError, KeyError) as error:
+        raise RecipeError(
+            f"{cut.custom[FIELD].array.storage_path}: indexes of cut {cut.id} cannot be read "
+            f"({type(error).__name__}); run stage 5 again"
+        ) from error
+
+
 def load_indexes(cut) -> np.ndarray:
-    """int64 (T, N) over the whole cut; `IGNORED` where a padded or mixed cut has no label."""
+    """int64 (T, N) over the whole cut; `IGNORED` where a padded or mixed cut has no label.
+
+    Raises:
+      RecipeError: there are no labels, or their file is missing or damaged.
+    """
     if not isinstance(cut, MixedCut):
-        return getattr(cut, f"load_{FIELD}")().astype(np.int64)
+        return _stored_indexes(cut).astype(np.int64)
     tracks = [
         track
         for track in cut.tracks
@@ -191,7 +233,7 @@ def load_indexes(cut) -> np.ndarray:
             f"cut {cut.id}: {len(tracks)} of its tracks have {FIELD}; exactly one must"
         )
     track = tracks[0]
-    labels_TN = getattr(track.cut, f"load_{FIELD}")()
+    labels_TN = _stored_indexes(track.cut)
     frame_shift = track.cut.custom[FIELD].frame_shift
     padded_TN = np.full((round(cut.duration / frame_shift), labels_TN.shape[1]), IGNORED)
     first = round(track.offset / frame_shift)

@@ -31,6 +31,9 @@ _AUDIO_OUTPUT_SYNCHRONOUS = 2
 _RATE, _PITCH, _PITCH_RANGE = 1, 3, 4
 _CHARS_UTF8 = 1
 
+# Draws without a new sentence after which a grammar counts as used up.
+_MAX_DRAWS = 10000
+
 
 class Espeak:
     """One eSpeak NG synthesizer; a process can have one."""
@@ -39,8 +42,11 @@ class Espeak:
         import espeakng_loader
 
         self._lib = ctypes.CDLL(espeakng_loader.get_library_path())
-        data = espeakng_loader.get_data_path().encode()
-        self._native_rate = self._lib.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, data, 0)
+        data = Path(espeakng_loader.get_data_path())
+        self._variants = {path.name for path in (data / "voices" / "!v").iterdir()}
+        self._native_rate = self._lib.espeak_Initialize(
+            _AUDIO_OUTPUT_SYNCHRONOUS, 0, str(data).encode(), 0
+        )
         if self._native_rate <= 0:
             raise RecipeError("espeakng-loader: eSpeak NG does not start; remove .venv and retry")
         # Some voices draw noise with rand().
@@ -69,7 +75,10 @@ class Espeak:
           RecipeError: eSpeak NG has no such voice.
         """
         self._chunks.clear()
-        if self._lib.espeak_SetVoiceByName(voice.encode()) != 0:
+        # For a variant that it does not have, eSpeak NG takes another one without a word.
+        _, plus, variant = voice.partition("+")
+        known = not plus or variant in self._variants
+        if not known or self._lib.espeak_SetVoiceByName(voice.encode()) != 0:
             raise RecipeError(f"voice {voice}: unknown to eSpeak NG; mend the corpus conf")
         for parameter, value in ((_RATE, rate), (_PITCH, pitch), (_PITCH_RANGE, pitch_range)):
             self._lib.espeak_SetParameter(parameter, value, 0)
@@ -116,7 +125,11 @@ class Grammar:
         return {w for w in fixed if not w.isupper()}.union(*self._classes.values())
 
     def sentence(self, rng: np.random.Generator, split: str) -> str:
-        while True:
+        """
+        Raises:
+          RecipeError: the grammar has none of that split.
+        """
+        for _ in range(_MAX_DRAWS):
             words = []
             for word in self._templates[rng.integers(len(self._templates))]:
                 if word.endswith("?") and rng.random() < 0.5:
@@ -126,6 +139,7 @@ class Grammar:
             text = " ".join(words)
             if self.split_of(text) == split:
                 return text
+        raise RecipeError(f"grammar: has no sentences for {split}; add words or templates")
 
     @staticmethod
     def split_of(text: str) -> str:
@@ -207,11 +221,18 @@ def _synthesize_speaker(job: tuple[Speaker, Grammar, Path]) -> tuple[int, float]
     chapter = speaker.id * 10 + 1
     folder = root / speaker.part / str(speaker.id) / str(chapter)
     folder.mkdir(parents=True)
-    total, lines, said = 0.0, [], set()
+    total, lines, said, repeated = 0.0, [], set(), 0
     while total < speaker.seconds:
         text = grammar.sentence(rng, speaker.split)
         if text in said:
+            repeated += 1
+            if repeated == _MAX_DRAWS:
+                raise RecipeError(
+                    f"parts.{speaker.part}: the grammar has too few sentences for "
+                    f"{speaker.seconds:.0f} s by each speaker; add words, or cut minutes"
+                )
             continue
+        repeated = 0
         said.add(text)
         rate = int(speaker.rate * rng.uniform(0.92, 1.08))
         pitch = int(np.clip(speaker.pitch + rng.normal(0, 3), 0, 99))

@@ -44,9 +44,10 @@ def train_tokens(cuts: CutSet, folder: Path, settings: TokenSettings) -> None:
                 minloglevel=2,
             )
         except RuntimeError as error:
+            reason = str(error).rpartition("] ")[2]  # before it: a place in C++
             raise RecipeError(
                 f"tokens.vocab_size: {settings.vocab_size} does not suit these transcripts "
-                f"({str(error).splitlines()[0][-120:]}); change it"
+                f"({reason}); change it"
             ) from error
         model = load_tokens(aside)
         table = "".join(f"{model.id_to_piece(i)} {i}\n" for i in range(len(model)))

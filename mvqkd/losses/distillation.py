@@ -107,7 +107,7 @@ class RegressionHead(nn.Module):
         self.register_buffer("origin_D", mean_D / std_D, persistent=False)
 
     def forward(self, x_BTC: torch.Tensor, labels_BTRN: torch.Tensor) -> torch.Tensor:
-        """Averaged over the dimensions and teacher frames of a student frame, summed over frames."""
+        """Averaged over the dimensions and teacher frames of a student frame, summed over those."""
         counts_BTR = (labels_BTRN != IGNORED).all(-1)
         num_codebooks, codebook_size, dim = self.centers_NKD.shape
         offsets_N = torch.arange(num_codebooks, device=labels_BTRN.device) * codebook_size

@@ -74,13 +74,13 @@ def collect_results(
                 streaming=decoded[student]["streaming"],
                 test_sets=test_sets,
                 origin=Origin(
-                    command, _stamp(exp_dir, f"student-{student}")[:12], device,
+                    command,
+                    _stamp(exp_dir, f"student-{student}")[:12],
+                    device,
                     settings["training"]["seed"],
                 ),
                 label_bytes_per_hour=(
-                    None
-                    if kind == "none"
-                    else label_bytes_per_hour(data_dir / "labels" / labels)
+                    None if kind == "none" else label_bytes_per_hour(data_dir / "labels" / labels)
                 ),
                 training_seconds=log[-1]["seconds"],
                 num_params=decoded[student]["num_params"],
@@ -89,14 +89,10 @@ def collect_results(
                 epochs=settings["training"]["num_epochs"],
             )
         )
-    rows = [
-        _compared(rows, row, students, decoded) for row in rows
-    ]
+    rows = [_compared(rows, row, students, decoded) for row in rows]
     teacher_hash = _stamp(exp_dir, "verify-teacher")[:12]
     wers = json.loads((exp_dir / "teacher-wer" / "wer.json").read_text())
-    diagnostics = json.loads(
-        (exp_dir / "quantizer" / labels / "diagnostics.json").read_text()
-    )
+    diagnostics = json.loads((exp_dir / "quantizer" / labels / "diagnostics.json").read_text())
     other = {
         "teacher": {"wer": wers, "origin": _origin(command, teacher_hash, device)},
         "quantizer": {

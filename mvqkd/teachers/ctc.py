@@ -17,7 +17,7 @@ from transformers import HubertConfig, HubertForCTC
 
 from mvqkd.data.audio import AudioBatch, bucketed_batches, collate_audio
 from mvqkd.decoding.scoring import Result, word_error_rate
-from mvqkd.errors import RecipeError
+from mvqkd.errors import RecipeError, reason_of
 from mvqkd.teachers.front_end import initialize_filterbank
 from mvqkd.teachers.hubert import HubertTeacher
 
@@ -40,7 +40,7 @@ def new_hubert(settings: HubertSettings, seed: int) -> HubertTeacher:
         config = HubertConfig(vocab_size=len(SYMBOLS), pad_token_id=0, **settings.config)
         model = HubertForCTC(config)
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"teacher conf, hubert.config: {str(error).splitlines()[0]}") from error
+        raise RecipeError(f"hubert.config: {reason_of(error)}; mend the teacher conf") from error
     if settings.filterbank_init:
         initialize_filterbank(model, seed)
     return HubertTeacher(model, do_normalize=True, vocabulary=SYMBOLS)

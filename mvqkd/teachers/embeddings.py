@@ -13,6 +13,7 @@ import torch
 from lhotse import CutSet
 
 from mvqkd.data.audio import bucketed_batches, collate_audio
+from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
 from mvqkd.teachers.hubert import HubertTeacher
 
@@ -37,11 +38,20 @@ def sample_embeddings(
     device: torch.device,
 ) -> None:
     """Write ``out`` (HDF5): float32 (F, D) data sets ``train`` and ``unseen``, each from whole
-    utterances, and attributes ``teacher``, ``layer``, ``frame_shift``, ``frame_offset``."""
+    utterances, and attributes ``teacher``, ``layer``, ``frame_shift``, ``frame_offset``.
+
+    Raises:
+      RecipeError: fewer than two utterances.
+    """
     everything = list(cuts)
     order = np.random.default_rng(settings.seed).permutation(len(everything))
     chosen = [everything[i] for i in order[: settings.num_utterances]]
-    num_unseen = min(settings.num_unseen, len(chosen) // 5)
+    num_unseen = min(settings.num_unseen, max(1, len(chosen) // 5))
+    if len(chosen) < 2:
+        raise RecipeError(
+            "sample.num_utterances: the sample has fewer than 2 utterances, one to train and one "
+            "to measure on; raise it, or give more speech"
+        )
     started, done = time.monotonic(), 0.0
     with written_aside(out) as aside, h5py.File(aside, "w") as file:
         for name, part in (("unseen", chosen[:num_unseen]), ("train", chosen[num_unseen:])):

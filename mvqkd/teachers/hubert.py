@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from transformers import HubertConfig, HubertForCTC
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging as transformers_logging
 
-from mvqkd.errors import RecipeError
+from mvqkd.errors import RecipeError, reason_of
 from mvqkd.files import require
 
 SAMPLE_RATE = 16000
@@ -85,7 +86,7 @@ class HubertTeacher(nn.Module):
         """Zero mean and unit variance over each utterance; padding is 0."""
         inside_BL = torch.arange(waveforms_BL.shape[1], device=waveforms_BL.device)
         inside_BL = inside_BL[None] < lengths_B[:, None]
-        waveforms_BL = waveforms_BL * inside_BL
+        waveforms_BL = waveforms_BL.masked_fill(~inside_BL, 0)
         if not self.do_normalize:
             return waveforms_BL
         mean_B1 = waveforms_BL.sum(1, keepdim=True) / lengths_B[:, None]
@@ -186,6 +187,7 @@ class HubertTeacher(nn.Module):
 
     def save(self, folder: Path) -> None:
         """transformers' own layout: ``from_pretrained`` reads the folder."""
+        transformers_logging.disable_progress_bar()
         self.model.save_pretrained(folder)
         settings = {
             "feature_extractor_type": "Wav2Vec2FeatureExtractor",
@@ -206,6 +208,16 @@ class _Keep:
         self._outputs[self._layer] = output[0] if isinstance(output, tuple) else output
 
 
+def _read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("is no table")
+    except ValueError as error:
+        raise RecipeError(f"{path}: cannot be read ({reason_of(error)}); fetch it again") from error
+    return found
+
+
 def load_hubert(folder: Path, name: str) -> HubertTeacher:
     """A teacher from a folder in transformers' layout.
 
@@ -213,14 +225,16 @@ def load_hubert(folder: Path, name: str) -> HubertTeacher:
       RecipeError: files are missing, damaged or do not fit each other.
     """
     config_path = require(folder / "config.json", "give a folder in transformers' layout")
+    transformers_logging.disable_progress_bar()
     try:
         config = HubertConfig.from_json_file(config_path)
         model, report = HubertForCTC.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:160]
-        raise RecipeError(f"{folder}: cannot be loaded ({reason}); fetch it again") from error
+    except Exception as error:  # transformers, safetensors and torch each raise their own
+        raise RecipeError(
+            f"{folder}: cannot be loaded ({reason_of(error)}); fetch it again"
+        ) from error
     has_head = not any(key.startswith("lm_head") for key in report["missing_keys"])
     missing = [key for key in report["missing_keys"] if not key.startswith("lm_head")]
     # A model fine-tuned for CTC has lost the embedding that pre-training masks with.
@@ -229,11 +243,17 @@ def load_hubert(folder: Path, name: str) -> HubertTeacher:
         raise RecipeError(f"{folder}: weights lack {missing[0]}; fetch the folder again")
     vocabulary = None
     if has_head:
-        table = json.loads(require(folder / "vocab.json", "a CTC head needs it").read_text())
-        vocabulary = [symbol for symbol, _ in sorted(table.items(), key=lambda item: item[1])]
+        path = require(folder / "vocab.json", "a CTC head needs it")
+        table = _read_json(path)
+        if sorted(table.values()) != list(range(config.vocab_size)):
+            raise RecipeError(
+                f"{path}: its {len(table)} indexes are not 0 to {config.vocab_size - 1}, as the "
+                "CTC head asks for; fetch the folder again"
+            )
+        vocabulary = sorted(table, key=table.get)
     do_normalize = True
     preprocessor = folder / "preprocessor_config.json"
     if preprocessor.exists():
-        do_normalize = json.loads(preprocessor.read_text()).get("do_normalize", True)
+        do_normalize = _read_json(preprocessor).get("do_normalize", True)
     teacher = HubertTeacher(model, do_normalize, vocabulary, name)
     return teacher.eval()

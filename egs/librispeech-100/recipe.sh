@@ -1,0 +1,10 @@
+# shellcheck shell=bash disable=SC2034,SC2154,SC1090
+# The paper's 100 hours: settings as published, in conf/.
+name=librispeech-100
+make_corpus=egs/librispeech-100/make_corpus.py
+train_parts="train-clean-100"
+pool_parts=""
+dev_parts="dev-clean dev-other"
+test_parts="test-clean test-other"
+teacher=facebook/hubert-xlarge-ls960-ft
+teacher_init=""

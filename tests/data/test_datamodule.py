@@ -1,0 +1,118 @@
+"""Batches of the student."""
+
+import numpy as np
+import pytest
+import torch
+from lhotse import CutSet
+
+from mvqkd.data.datamodule import (
+    LOG_EPSILON,
+    DataSettings,
+    SpecAugmentSettings,
+    StudentData,
+    make_spec_augment,
+)
+from mvqkd.data.labels import IGNORED, load_indexes
+from mvqkd.data.tokens import TokenSettings, load_tokens, train_tokens
+from mvqkd.errors import RecipeError
+
+
+@pytest.fixture(scope="module")
+def tokens(feature_cuts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokens") / "lang"
+    train_tokens(feature_cuts, folder, TokenSettings(40))
+    return load_tokens(folder)
+
+
+@pytest.fixture
+def make_data(labelled_cuts, tokens):
+    def make(seed=1, cache=False, with_labels=True):
+        settings = DataSettings(max_duration=9, num_buckets=2, cache=cache)
+        return StudentData(labelled_cuts, tokens, settings, seed, with_labels)
+
+    return make
+
+
+def flat(batches):
+    return [(b.ids, b.features_BTF, b.lengths_B, b.labels_BUN, b.tokens, s) for b, s in batches]
+
+
+def assert_equal(one, two):
+    assert len(one) == len(two) > 0
+    for a, b in zip(one, two):
+        assert a[0] == b[0] and a[4:] == b[4:]
+        for x, y in zip(a[1:4], b[1:4]):
+            assert torch.equal(x, y)
+
+
+def test_a_batch_holds_what_its_cuts_hold(make_data, labelled_cuts, tokens):
+    by_id = {cut.id: cut for cut in labelled_cuts}
+    data = make_data()
+    assert data.seconds == pytest.approx(sum(c.duration for c in labelled_cuts))
+    ids = []
+    for batch, seconds in data.batches(epoch=0):
+        cuts = [by_id[i] for i in batch.ids]
+        ids += batch.ids
+        assert seconds == pytest.approx(sum(c.duration for c in cuts))
+        for i, cut in enumerate(cuts):
+            T = int(batch.lengths_B[i])
+            np.testing.assert_array_equal(batch.features_BTF[i, :T], cut.load_features())
+            assert (batch.features_BTF[i, T:] == LOG_EPSILON).all()
+            assert batch.texts[i] == cut.supervisions[0].text
+            assert batch.tokens[i] == tokens.encode(batch.texts[i])
+            labels_TN = load_indexes(cut)
+            np.testing.assert_array_equal(batch.labels_BUN[i, : len(labels_TN)], labels_TN)
+            assert (batch.labels_BUN[i, len(labels_TN) :] == IGNORED).all()
+    assert sorted(ids) == sorted(by_id)
+
+
+def test_order_depends_on_seed_and_epoch_alone(make_data):
+    assert_equal(flat(make_data().batches(2)), flat(make_data().batches(2)))
+    data = make_data()
+    list(data.batches(0))
+    assert_equal(flat(data.batches(2)), flat(make_data().batches(2)))
+    orders = {
+        str([b.ids for b, _ in make_data(seed).batches(epoch)])
+        for seed in (1, 5)
+        for epoch in (0, 1)
+    }
+    assert len(orders) == 4
+
+
+def test_start_skips_exactly(make_data):
+    whole = flat(make_data().batches(1))
+    assert len(whole) > 3
+    for start in (1, 3):
+        assert_equal(flat(make_data().batches(1, start)), whole[start:])
+    assert flat(make_data().batches(1, len(whole))) == []
+
+
+def test_cache_changes_nothing(make_data):
+    cached = make_data(cache=True)
+    list(cached.batches(0))
+    assert_equal(flat(cached.batches(1)), flat(make_data().batches(1)))
+
+
+def test_same_batches_with_and_without_labels(make_data):
+    without = [(b.ids, b.labels_BUN) for b, _ in make_data(with_labels=False).batches(0)]
+    assert [ids for ids, _ in without] == [b.ids for b, _ in make_data().batches(0)]
+    assert all(labels is None for _, labels in without)
+
+
+def test_cut_without_labels_gets_its_line(feature_cuts, tokens):
+    data = StudentData(CutSet.from_cuts(feature_cuts), tokens, DataSettings(), 1, True)
+    with pytest.raises(RecipeError, match="has no codebook_indexes; run stage 5"):
+        next(data.batches(0))
+
+
+def test_spec_augment_masks_and_keeps_time(make_data):
+    batch, _ = next(make_data().batches(0))
+    augmented = make_spec_augment(SpecAugmentSettings(p=1.0))(batch.features_BTF)
+    assert augmented.shape == batch.features_BTF.shape
+    changed = augmented != batch.features_BTF
+    assert changed.any() and not changed.all()
+    # Where it is not masked, it is what it was: labels stay in step.
+    masks = augmented[changed]
+    assert len(masks.unique()) <= len(batch.ids) + 1
+    none = make_spec_augment(SpecAugmentSettings(p=0.0))(batch.features_BTF)
+    assert torch.equal(none, batch.features_BTF)

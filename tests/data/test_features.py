@@ -1,0 +1,78 @@
+"""Filterbanks and copies at other speeds."""
+
+import builtins
+
+import numpy as np
+import pytest
+from lhotse import CutSet, Fbank, FbankConfig
+
+from mvqkd.data.datamodule import load_features
+from mvqkd.data.features import FeatureSettings, compute_features, make_extractor, perturb_speed
+from mvqkd.data.manifests import read_cuts
+from mvqkd.errors import RecipeError
+
+
+def test_three_speeds_in_shards(corpus, plain_cuts, feature_cuts):
+    originals = list(plain_cuts)[: len(feature_cuts) // 3]
+    assert len(feature_cuts) == 12
+    assert sorted(p.name for p in (corpus.parent / "features/train").glob("*.h5")) == [
+        f"0000{i}.h5" for i in range(3)
+    ]
+    written = read_cuts(corpus.parent / "features/train.jsonl.gz")
+    assert [c.id for c in written] == [c.id for c in feature_cuts]
+    for index, cut in enumerate(feature_cuts):
+        original, factor = originals[index % 4], (1, 0.9, 1.1)[index // 4]
+        assert cut.id.startswith(original.id)
+        assert cut.duration == pytest.approx(original.duration / factor, abs=1e-3)
+        assert cut.supervisions[0].text == original.supervisions[0].text
+        matrix_TF = load_features(cut)
+        assert matrix_TF.shape == (round(cut.num_samples / 160), 80) == cut.load_features().shape
+        assert np.isfinite(matrix_TF).all()
+    direct_TF = Fbank(FbankConfig(num_mel_bins=80)).extract(originals[0].load_audio(), 16000)
+    np.testing.assert_allclose(load_features(feature_cuts[0]), direct_TF, atol=1e-4)
+
+
+def test_test_parts_are_not_perturbed(plain_cuts, tmp_path):
+    cuts = CutSet.from_cuts(list(plain_cuts)[:1])
+    settings = FeatureSettings(num_mel_bins=23)
+    done = compute_features(cuts, tmp_path / "test.jsonl.gz", False, settings, num_workers=1)
+    assert [c.id for c in done] == [c.id for c in cuts]
+    assert done[0].load_features().shape[1] == 23
+
+
+def test_labelled_cuts_are_not_perturbed(labelled_cuts, tmp_path):
+    with pytest.raises(RecipeError, match="carries codebook indexes, which speed perturbation"):
+        perturb_speed(labelled_cuts, 0.9)
+    with pytest.raises(RecipeError, match="perturb first, then dump"):
+        out = tmp_path / "train.jsonl.gz"
+        compute_features(labelled_cuts, out, True, FeatureSettings(), num_workers=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kaldifeat_that_is_not_installed(monkeypatch):
+    find = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "kaldifeat":
+            raise ModuleNotFoundError("No module named 'kaldifeat'")
+        return find(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(RecipeError, match=r"features\.extractor: .* needs the package kaldifeat"):
+        make_extractor(FeatureSettings(extractor="kaldifeat-fbank"))
+
+
+def test_features_that_cannot_be_read(plain_cuts, tmp_path):
+    plain = next(iter(plain_cuts))
+    with pytest.raises(RecipeError, match=f"cut {plain.id}: has no features"):
+        load_features(plain)
+    cuts = CutSet.from_cuts([plain])
+    out = tmp_path / "test.jsonl.gz"
+    cut = compute_features(cuts, out, False, FeatureSettings(), num_workers=1)[0]
+    path = tmp_path / "test/00000.h5"
+    for content in (path.read_bytes()[:500], None):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(RecipeError, match=rf"^{path}: features of cut {plain.id} cannot be"):
+            load_features(cut)

@@ -1,0 +1,236 @@
+"""Codebook indexes in manifests: dumped, verified, sliced, padded."""
+
+import gzip
+import json
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from lhotse import CutSet
+
+from mvqkd.data.labels import (
+    FIELD,
+    IGNORED,
+    ORIGIN_FIELD,
+    Dumper,
+    LabelSettings,
+    Origin,
+    check_origin,
+    collate_indexes,
+    dump_labels,
+    load_indexes,
+    verify_labels,
+)
+from mvqkd.data.manifests import read_cuts
+from mvqkd.errors import RecipeError
+from mvqkd.quantizer import Quantizer
+from tests.conftest import CPU
+
+
+def dump(cuts, folder, teacher, quantizer, origin, **settings):
+    dumper = Dumper(teacher, quantizer, origin, LabelSettings(refine_iters=1, **settings), CPU)
+    return dump_labels(cuts, folder / "train.jsonl.gz", dumper, shard_size=4)
+
+
+@pytest.fixture
+def own_labels(labelled_cuts, tmp_path):
+    """The first three cuts, with labels that may be damaged."""
+    path = tmp_path / "labels.h5"
+    cuts = []
+    with h5py.File(path, "w") as file:
+        for cut in list(labelled_cuts)[:3]:
+            file[cut.id] = getattr(cut, f"load_{FIELD}")()
+    for cut in list(labelled_cuts)[:3]:
+        document = cut.to_dict()
+        document["custom"][FIELD]["array"]["storage_path"] = str(path)
+        cuts.append(document)
+    return CutSet.from_dicts(cuts), path
+
+
+def test_dumped_labels_are_verified_and_read_by_lhotse_alone(
+    corpus, labelled_cuts, teacher, quantizer, origin
+):
+    verify_labels(labelled_cuts, teacher, 4, origin)
+    written = CutSet.from_file(corpus.parent / "labels/train.jsonl.gz")
+    assert [c.id for c in written] == [c.id for c in labelled_cuts]
+    for cut in written:
+        indexes_TN = cut.load_codebook_indexes()
+        assert indexes_TN.dtype == np.uint8
+        assert indexes_TN.shape == (teacher.num_frames(cut.num_samples), 4)
+        np.testing.assert_array_equal(load_indexes(cut), indexes_TN)
+        assert cut.custom[FIELD].frame_shift == 0.02 and cut.custom[FIELD].temporal_dim == 0
+        assert Origin(**cut.custom[ORIGIN_FIELD]) == origin
+        wave_1L = torch.from_numpy(cut.load_audio())
+        embeddings, _ = teacher.embed(wave_1L, torch.tensor([wave_1L.shape[1]]), 2)
+        expected = quantizer.encode(embeddings[0], refine_indexes_iters=1)
+        # The 16-bit copy of perturbed audio may tip a near tie.
+        assert (expected.numpy() == indexes_TN).mean() > 0.98
+    # What icefall's recipe reads: the array's description, and its file.
+    with gzip.open(corpus.parent / "labels/train.jsonl.gz", "rt") as file:
+        array = json.loads(file.readline())["custom"][FIELD]
+    assert array["array"]["storage_type"] == "numpy_hdf5"
+    assert set(array) == {"array", "temporal_dim", "frame_shift", "start"}
+
+
+def test_labels_do_not_depend_on_the_batch(
+    feature_cuts, labelled_cuts, teacher, quantizer, origin, tmp_path
+):
+    alone = dump(feature_cuts, tmp_path, teacher, quantizer, origin, max_duration=0.1)
+    pairs = [(load_indexes(a), load_indexes(b)) for a, b in zip(alone, labelled_cuts)]
+    same = np.concatenate([(a == b).ravel() for a, b in pairs])
+    # Sums in another order may tip a near tie.
+    assert same.mean() > 0.995
+
+
+def test_codebooks_of_fewer_entries_keep_a_column_each(feature_cuts, teacher, tmp_path):
+    small = Quantizer(32, 16, 4, generator=torch.Generator().manual_seed(1))
+    origin = Origin("tiny", 1, small.get_id(), small.weights_sha256())
+    cuts = CutSet.from_cuts(list(feature_cuts)[:2])
+    labelled = dump(cuts, tmp_path, teacher, small, origin)
+    verify_labels(labelled, teacher, 4, origin, codebook_size=16)
+    with pytest.raises(RecipeError, match="codebooks have 4 entries"):
+        verify_labels(labelled, teacher, 4, origin, codebook_size=4)
+    with pytest.raises(RecipeError, match="512 entries does not fit a byte"):
+        dump(cuts, tmp_path, teacher, Quantizer(32, 512, 1), origin)
+
+
+def test_labels_of_another_quantizer_are_refused(labelled_cuts, teacher, quantizer, origin):
+    other = Origin("tiny", 2, "0badcafe", "f" * 64)
+    with pytest.raises(RecipeError) as caught:
+        verify_labels(labelled_cuts, teacher, 4, other)
+    message = str(caught.value)
+    for name in (labelled_cuts[0].id, quantizer.get_id(), origin.sha256[:12], "0badcafe", "f" * 12):
+        assert name in message
+    assert "\n" not in message
+    with pytest.raises(RecipeError):
+        check_origin(labelled_cuts[0], other, accept_unknown=True)
+
+
+def test_labels_of_unknown_origin_must_be_accepted(own_labels, origin):
+    cut = own_labels[0][0]
+    del cut.custom[ORIGIN_FIELD]
+    with pytest.raises(RecipeError, match="do not say what made them; set accept_unknown_origin"):
+        check_origin(cut, origin, accept_unknown=False)
+    check_origin(cut, origin, accept_unknown=True)
+    del cut.custom[FIELD]
+    for check in (lambda: check_origin(cut, origin, True), lambda: load_indexes(cut)):
+        with pytest.raises(RecipeError, match=f"cut {cut.id}: has no codebook_indexes; run stage"):
+            check()
+
+
+@pytest.mark.parametrize(
+    "change, cause",
+    [
+        (lambda a: a[:-1], "its indexes have shape"),
+        (lambda a: np.concatenate([a, a[:2]]), "its indexes have shape"),
+        (lambda a: a[:, :2], "its indexes have shape"),
+        (lambda a: a.astype(np.int16), "its indexes are int16, not uint8"),
+        (None, "cannot be read (KeyError); run stage 5 again"),
+    ],
+    ids=["short", "long", "columns", "dtype", "missing"],
+)
+def test_labels_that_do_not_fit_are_refused(own_labels, teacher, origin, change, cause):
+    cuts, path = own_labels
+    cut = cuts[1]
+    with h5py.File(path, "r+") as file:
+        changed = None if change is None else change(file[cut.id][:])
+        del file[cut.id]
+        if changed is not None:
+            file[cut.id] = changed
+            # Found by what is stored, whatever the manifest says.
+            cut.custom[FIELD].array.shape = list(changed.shape)
+            cut.custom[FIELD].array.storage_key = cut.id
+    with pytest.raises(RecipeError) as caught:
+        verify_labels(cuts, teacher, 4, origin)
+    assert f"cut {cut.id}" in str(caught.value) and cause in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_frame_more_is_what_icefall_stores(own_labels, teacher, origin):
+    cuts, path = own_labels
+    with h5py.File(path, "r+") as file:
+        for cut in cuts:
+            indexes_TN = file[cut.id][:]
+            del file[cut.id]
+            file[cut.id] = np.concatenate([indexes_TN, indexes_TN[-1:]])
+    verify_labels(cuts, teacher, 4, origin)
+
+
+def test_label_file_that_is_missing_or_damaged(own_labels):
+    cuts, path = own_labels
+    for content in (b"no HDF5", None):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(RecipeError, match=rf"^{path}: indexes of cut {cuts[0].id} cannot be"):
+            load_indexes(cuts[0])
+
+
+def test_truncated_cut_gets_its_slice(labelled_cuts):
+    cut = labelled_cuts[0]
+    whole_TN = load_indexes(cut)
+    part = cut.truncate(offset=0.5, duration=1.0, preserve_id=True)
+    np.testing.assert_array_equal(load_indexes(part), whole_TN[25:75])
+    again = part.truncate(offset=0.2, duration=0.4)
+    np.testing.assert_array_equal(load_indexes(again), whole_TN[35:55])
+
+
+def test_padding_is_ignored_not_a_valid_index(labelled_cuts):
+    cut = labelled_cuts[0]
+    labels_TN = load_indexes(cut)
+    right_TN = load_indexes(cut.pad(duration=cut.duration + 1))
+    left_TN = load_indexes(cut.pad(duration=cut.duration + 1, direction="left"))
+    for padded_TN in (right_TN, left_TN):
+        assert len(padded_TN) == round((cut.duration + 1) / 0.02)
+        assert (padded_TN != IGNORED).sum() == labels_TN.size
+    np.testing.assert_array_equal(right_TN[: len(labels_TN)], labels_TN)
+    np.testing.assert_array_equal(left_TN[50 : 50 + len(labels_TN)], labels_TN)
+
+
+def test_mixed_cut_keeps_the_labels_of_its_speech(labelled_cuts, plain_cuts):
+    cut, noise = labelled_cuts[0], list(plain_cuts)[4]
+    labels_TN = load_indexes(cut)
+    mixed = cut.mix(noise.truncate(duration=1.0), offset_other_by=0.3, snr=10)
+    np.testing.assert_array_equal(load_indexes(mixed)[: len(labels_TN)], labels_TN)
+    under = noise.truncate(duration=1.0).mix(cut, offset_other_by=0.6, snr=0)
+    labels_under_TN = load_indexes(under)
+    assert (labels_under_TN[:30] == IGNORED).all()
+    np.testing.assert_array_equal(labels_under_TN[30 : 30 + len(labels_TN)], labels_TN)
+    assert (labels_under_TN[30 + len(labels_TN) :] == IGNORED).all()
+    with pytest.raises(RecipeError, match="2 of its tracks have codebook_indexes; exactly one"):
+        load_indexes(cut.append(labelled_cuts[1]))
+    with pytest.raises(RecipeError, match="0 of its tracks"):
+        load_indexes(noise.pad(duration=noise.duration + 1))
+
+
+def test_collated_padding():
+    one, two = np.zeros((3, 2), np.int64), np.ones((5, 2), np.int64)
+    labels_BTN = collate_indexes([one, two])
+    assert labels_BTN.dtype == torch.int64 and labels_BTN.shape == (2, 5, 2)
+    assert (labels_BTN[0, 3:] == IGNORED).all() and (labels_BTN != IGNORED).sum() == 16
+
+
+def test_dump_goes_on_where_it_was_killed(
+    feature_cuts, teacher, quantizer, origin, tmp_path, monkeypatch
+):
+    whole = dump(feature_cuts, tmp_path / "whole", teacher, quantizer, origin)
+    label, calls = Dumper._label, []
+
+    def dies(self, cuts, arrays):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(cuts)
+        label(self, cuts, arrays)
+
+    monkeypatch.setattr(Dumper, "_label", dies)
+    with pytest.raises(KeyboardInterrupt):
+        dump(feature_cuts, tmp_path / "killed", teacher, quantizer, origin)
+    monkeypatch.undo()
+    assert not (tmp_path / "killed/train.jsonl.gz").exists()
+    done = dump(feature_cuts, tmp_path / "killed", teacher, quantizer, origin)
+    for a, b in zip(done, whole):
+        np.testing.assert_array_equal(load_indexes(a), load_indexes(b))
+    assert len(read_cuts(tmp_path / "killed/train.jsonl.gz")) == len(feature_cuts)
+    shutil.rmtree(tmp_path / "killed")

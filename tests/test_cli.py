@@ -1,0 +1,117 @@
+"""Settings from files and options; one line for what is wrong."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from mvqkd import cli
+from mvqkd.device import pick_device
+from mvqkd.errors import RecipeError
+
+
+@dataclass
+class Inner:
+    a: int = 1
+    b: float = 2.0
+
+    def __post_init__(self):
+        if self.a > 100:
+            raise RecipeError("inner.a: above 100; lower it")
+
+
+@dataclass
+class Settings:
+    """A stage's settings."""
+
+    out: Path
+    inner: Inner = field(default_factory=Inner)
+    names: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def conf(tmp_path):
+    def write(text):
+        path = tmp_path / f"conf{len(list(tmp_path.iterdir()))}.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_later_settings_win(conf):
+    args = ["--config", conf("inner: {a: 3, b: 1}\nnames: [x]"), "--config", conf("inner: {a: 4}")]
+    settings, debug = cli.parse(Settings, [*args, "--out", "here", "--inner.b", "5"])
+    assert settings == Settings(Path("here"), Inner(4, 5.0), ["x"])
+    assert not debug
+    assert cli.parse(Settings, ["--out", "here", "--debug"])[1]
+
+
+@pytest.mark.parametrize(
+    "text, cause",
+    [
+        ("inner: {aa: 3}", "'aa'"),
+        ("iner: {a: 3}", "iner"),
+        ("inner: {a: x}", 'Parser key "inner.a"'),
+        ("inner: {a: [", "parsing"),
+        ("", "Unexpected config"),
+        ("[1, 2]", "Unexpected config"),
+    ],
+)
+def test_bad_conf_file_is_named_in_one_line(conf, text, cause):
+    good, bad = conf("inner: {a: 3}"), conf(text)
+    with pytest.raises(RecipeError) as caught:
+        cli.parse(Settings, ["--out", "o", "--config", good, "--config", bad])
+    message = str(caught.value)
+    assert message.startswith(f"{bad}: ") and cause in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "args, cause",
+    [
+        (["--out", "o", "--wrong", "3"], "--wrong"),
+        (["--out", "o", "--inner.aa", "3"], "--inner.aa"),
+        (["--out", "o", "--inner.a", "x"], "inner.a"),
+        (["--out", "o", "--inner.a", "101"], "inner.a: above 100; lower it"),
+        (["--out", "o", "--config", "no/such.yaml"], "no/such.yaml"),
+        (["--inner.a", "3"], "out"),
+    ],
+)
+def test_bad_option_is_named_in_one_line(args, cause):
+    with pytest.raises(RecipeError) as caught:
+        cli.parse(Settings, args)
+    assert cause in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_run_prints_one_line_and_exits_with_1(monkeypatch, capsys):
+    def fail(settings):
+        raise RecipeError("FILE: cause; remedy")
+
+    monkeypatch.setattr("sys.argv", ["stage.py", "--out", "o"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(fail, Settings)
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == "stage.py: FILE: cause; remedy\n"
+    monkeypatch.setattr("sys.argv", ["stage.py", "--out", "o", "--debug"])
+    with pytest.raises(RecipeError):
+        cli.run(fail, Settings)
+
+
+def test_unknown_key_leaves_main_uncalled(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["stage.py", "--out", "o", "--wrong", "1"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda settings: pytest.fail("called"), Settings)
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_pick_device(monkeypatch):
+    assert pick_device("cpu").type == "cpu"
+    with pytest.raises(RecipeError, match="--device gpu: not known"):
+        pick_device("gpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert pick_device("auto").type == "cpu"
+    with pytest.raises(RecipeError, match="no CUDA device"):
+        pick_device("cuda")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert [pick_device(name).type for name in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
