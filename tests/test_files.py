@@ -1,8 +1,7 @@
-"""Files that are whole or not there."""
-
 import os
 import platform
 import subprocess
+import sys
 
 import pytest
 
@@ -10,63 +9,57 @@ from mvqkd.errors import RecipeError
 from mvqkd.files import require, written_aside
 
 
-def test_file_appears_whole_and_replaces_the_old_one(tmp_path):
-    path = tmp_path / "new" / "cuts.jsonl.gz"
-    for text in ("first", "second"):
-        with written_aside(path) as aside:
-            assert aside.name.endswith(".jsonl.gz")
-            aside.write_text(text)
-            assert not path.exists() or path.read_text() == "first"
-        assert path.read_text() == text
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_folder_replaces_the_old_one(tmp_path):
-    path = tmp_path / "folder"
-    for name in ("a", "b"):
-        with written_aside(path) as aside:
-            aside.mkdir()
-            (aside / name).write_text(name)
-    assert [p.name for p in path.iterdir()] == ["b"]
-
-
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_failure_leaves_the_old_one(tmp_path, kind):
-    path = tmp_path / "out"
-    path.write_text("old")
-    with pytest.raises(ZeroDivisionError), written_aside(path) as aside:
-        aside.write_text("half") if kind == "file" else aside.mkdir()
-        _ = 1 / 0
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_leftovers_of_killed_processes_are_removed(tmp_path):
-    """Those of this path and of processes that are gone."""
-    process = subprocess.Popen(["true"])
-    process.wait()
-    names = {
-        "dead": f".part-{platform.node()}-{process.pid}-out",
-        "alive": f".part-{platform.node()}-{os.getppid()}-out",
-        "elsewhere": f".part-another-host-{process.pid}-out",
-        "of another": f".part-{platform.node()}-{process.pid}-out2",
-    }
-    for name in names.values():
-        (tmp_path / name).write_text("half")
-    with written_aside(tmp_path / "out") as aside:
+def test_takes_its_place_on_success_only(tmp_path):
+    path = tmp_path / "deep/name.jsonl.gz"
+    with pytest.raises(KeyError), written_aside(path) as aside:
+        aside.write_text("half")
+        raise KeyError
+    assert list(path.parent.iterdir()) == []
+    with written_aside(path) as aside:
+        assert aside.name.endswith(".jsonl.gz") and aside.parent == path.parent
         aside.write_text("whole")
-    del names["dead"]
-    assert {path.name for path in tmp_path.iterdir()} == {"out", *names.values()}
+        assert not path.exists()
+    assert path.read_text() == "whole" and list(path.parent.iterdir()) == [path]
+
+
+def test_folder_replaces_folder(tmp_path):
+    for number in range(2):
+        with written_aside(tmp_path / "folder") as aside:
+            aside.mkdir()
+            (aside / str(number)).touch()
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["1"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    script = (
+        "import os, sys\n"
+        "from mvqkd.files import written_aside\n"
+        "with written_aside(sys.argv[1]) as aside:\n"
+        "    aside.write_text('half')\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    path = tmp_path / "a[1].pt"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", script, path], check=False)
+        left = list(tmp_path.iterdir())
+        assert len(left) == 1 and left[0].name.startswith(".part-")
+    # Another's file, a living process's and another machine's stay.
+    others = [
+        left[0].with_name(left[0].name.replace("a[1]", "b")),
+        tmp_path / f".part-{platform.node()}-{os.getppid()}-a[1].pt",
+        tmp_path / ".part-elsewhere-1-a[1].pt",
+    ]
+    for other in others:
+        other.touch()
+    with written_aside(path) as aside:
+        aside.write_text("whole")
+    assert set(tmp_path.iterdir()) == {path, *others}
 
 
 def test_require(tmp_path):
-    with pytest.raises(RecipeError, match="no such file or folder; make it"):
-        require(tmp_path / "none", "make it")
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(RecipeError, match="folder: empty; make it"):
-        require(tmp_path / "folder", "make it")
-    (tmp_path / "file").touch()
-    with pytest.raises(RecipeError, match="file: empty; make it"):
-        require(tmp_path / "file", "make it")
+    with pytest.raises(RecipeError, match="no such file or folder; look"):
+        require(tmp_path / "gone", "look")
+    with pytest.raises(RecipeError, match="empty; look"):
+        require(tmp_path, "look")
     (tmp_path / "file").write_text("x")
-    assert require(tmp_path / "file", "make it") == tmp_path / "file"
+    assert require(tmp_path / "file", "look") == tmp_path / "file"

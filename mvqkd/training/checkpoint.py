@@ -25,13 +25,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     require(path, "run the stage that makes it")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        entries = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its unpickler and zip reader do
-        reason = str(error).splitlines()[0][:120]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise RecipeError(
             f"{path}: cannot be read as a checkpoint ({reason}); "
             "remove it, and the stage goes on from the one before it or starts anew"
         ) from error
+    if not isinstance(entries, dict) or "model" not in entries:
+        raise RecipeError(f"{path}: not a checkpoint of this recipe; remove it")
+    return entries
 
 
 def averaged_weights(folder: Path, epoch: int, avg: int) -> dict[str, torch.Tensor]:

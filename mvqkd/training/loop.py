@@ -11,13 +11,15 @@ state in it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import math
 import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -124,7 +126,7 @@ class _Schedule:
             if share < warm:
                 factor = share / warm
             else:
-                factor = 0.5 * (1 + np.cos(np.pi * (share - warm) / (1 - warm)))
+                factor = 0.5 * (1 + math.cos(math.pi * (share - warm) / (1 - warm)))
             for group in self._optimizer.param_groups:
                 group["lr"] = self._settings.lr * max(factor, 1e-3)
         return self._optimizer.param_groups[0]["lr"]
@@ -154,6 +156,18 @@ def _update_average(average: dict, model: nn.Module, step: int, period: int) -> 
             average[name].copy_(value)
 
 
+def _whole_entries(path: Path) -> Iterator[dict]:
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # the last line of a killed run may be cut short
+            yield json.loads(line)
+
+
+def _comes_after(entry: dict, progress: Progress) -> bool:
+    # A checkpoint may be from the last step of an epoch that is not validated yet.
+    not_validated = entry["kind"] == "dev" and entry["epoch"] >= progress.epoch
+    return entry["step"] > progress.step or not_validated
+
+
 class _Log:
     """One JSON line an entry, TensorBoard beside it."""
 
@@ -162,10 +176,10 @@ class _Log:
 
         self.path = folder / "log.jsonl"
         if self.path.exists():  # entries past the checkpoint will be written again
-            entries = [json.loads(line) for line in self.path.read_text().splitlines()]
-            kept = [e for e in entries if e["step"] <= progress.step]
-            self.path.write_text("".join(json.dumps(e) + "\n" for e in kept))
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=progress.step)
+            kept = [e for e in _whole_entries(self.path) if not _comes_after(e, progress)]
+            with written_aside(self.path) as aside:
+                aside.write_text("".join(json.dumps(e) + "\n" for e in kept))
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=progress.step + 1)
 
     def write(self, kind: str, progress: Progress, figures: dict[str, float]) -> None:
         where = {"step": progress.step, "epoch": progress.epoch}
@@ -192,6 +206,8 @@ def train(task: Task, settings: TrainingSettings, folder: Path, device: torch.de
     schedule = _Schedule(optimizer, settings, total_seconds)
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     progress = Progress()
+    # Figures since the last log entry.
+    sums: dict[str, float] = defaultdict(float)
     checkpoint_path = folder / "checkpoint.pt"
     if checkpoint_path.exists():
         saved = load_checkpoint(checkpoint_path)
@@ -199,6 +215,7 @@ def train(task: Task, settings: TrainingSettings, folder: Path, device: torch.de
         optimizer.load_state_dict(saved["optimizer"])
         average = {name: value.to(device) for name, value in saved["model_avg"].items()}
         progress = Progress(**saved["progress"])
+        sums.update(saved["sums"])
         logging.info(f"resumed at epoch {progress.epoch}, step {progress.step}")
     log = _Log(folder, progress)
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -211,9 +228,9 @@ def train(task: Task, settings: TrainingSettings, folder: Path, device: torch.de
             model_avg=average,
             optimizer=optimizer.state_dict(),
             progress=asdict(progress),
+            sums=dict(sums),
         )
 
-    sums: dict[str, float] = defaultdict(float)
     started = last_saved = time.monotonic()
     speech_at_start, seconds_at_start = progress.speech_seconds, progress.train_seconds
     while progress.epoch <= settings.num_epochs:
@@ -278,7 +295,8 @@ def _report_bad_batch(
 ) -> None:
     path = folder / f"bad-batch-{progress.step}.pt"
     with written_aside(path) as aside:
-        torch.save(batch, aside)
+        # Plain tensors, lists and strings load with weights_only=True.
+        torch.save(vars(batch) if is_dataclass(batch) else batch, aside)
     message = (
         f"{path}: the loss of step {progress.step} is not finite; batch saved there, "
         f"it holds {task.describe(batch)}"

@@ -1,0 +1,150 @@
+"""local/steps.sh, sourced by a small script."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+STEPS = Path(__file__).parents[2] / "local" / "steps.sh"
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Runs bash lines in a recipe with two conf files; returns the process and what ran."""
+    (tmp_path / "conf/laptop").mkdir(parents=True)
+    (tmp_path / "egs/toy/conf/tiny").mkdir(parents=True)
+    (tmp_path / "conf/a.yaml").write_text("# about\nkey: 1  # why\n\nurl: x#y\n")
+    (tmp_path / "conf/laptop/a.yaml").write_text("other: 2\n")
+    (tmp_path / "egs/toy/conf/tiny/a.yaml").write_text("third: 3\n")
+    # `work NAME OUT ...` notes its name and leaves OUT.
+    head = (
+        "set -euo pipefail\n"
+        f". {STEPS}\n"
+        "corpus=toy size=tiny scale=laptop exp=exp stamps=exp/stamps\n"
+        'work() { echo "$1" >>ran; mkdir -p "$(dirname "$2")"; echo "$1" >>"$2"; }\n'
+    )
+
+    def shell(lines):
+        (tmp_path / "ran").write_text("")
+        done = subprocess.run(
+            ["bash", "-c", head + lines], cwd=tmp_path, capture_output=True, text=True
+        )
+        return done, (tmp_path / "ran").read_text().split()
+
+    return shell
+
+
+STEP = 'step one "" out/one work one out/one $(conf a)\n'
+TWO = STEP + 'step two "one" out/two work two out/two\n'
+
+
+def test_conf_names_the_files_from_the_general_to_the_particular(shell):
+    done, _ = shell("conf a")
+    assert done.stdout.split()[1::2] == [
+        "conf/a.yaml",
+        "conf/laptop/a.yaml",
+        "egs/toy/conf/tiny/a.yaml",
+    ]
+
+
+def test_conf_that_is_nowhere_is_an_error(shell):
+    done, ran = shell('step one "" out/one work one out/one $(conf b)')
+    assert done.returncode == 1 and ran == []
+    assert done.stderr == "bash: conf/b.yaml: no such file; name a conf that exists\n"
+
+
+def test_list(shell):
+    done, _ = shell("list a b c; list")
+    assert done.stdout == "[a,b,c]\n[]\n"
+
+
+def test_done_once(shell):
+    assert shell(TWO)[1] == ["one", "two"]
+    done, ran = shell(TWO)
+    assert ran == [] and "one: done already" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "remade"),
+    [
+        ("# about", "# another", []),
+        ("key: 1  # why", "key: 1", []),
+        ("key: 1  # why", "\nkey: 1  # why not\n", []),
+        ("key: 1", "key: 2", ["one", "two"]),
+        ("x#y", "x#z", ["one", "two"]),
+    ],
+)
+def test_values_count_and_comments_do_not(shell, tmp_path, old, new, remade):
+    shell(TWO)
+    path = tmp_path / "conf/a.yaml"
+    path.write_text(path.read_text().replace(old, new))
+    assert shell(TWO)[1] == remade
+
+
+def test_device_and_workers_do_not_count_and_other_options_do(shell):
+    step = 'step one "" out/one work one out/one'
+    shell(f"{step} --device cpu --num_workers 2 --seed 1")
+    assert shell(f"{step} --device cuda --num_workers 8 --seed 1")[1] == []
+    assert shell(f"{step} --device cuda --num_workers 8 --seed 2")[1] == ["one"]
+
+
+def test_change_upstream_remakes_what_is_after_and_nothing_else(shell):
+    three = 'step three "" out/three work three out/three\n'
+    shell(TWO + three)
+    changed = TWO.replace("$(conf a)", "--seed 3")
+    assert shell(changed + three)[1] == ["one", "two"]
+    assert shell(changed + three)[1] == []
+
+
+def test_outputs_are_removed_on_change_and_kept_on_resume(shell, tmp_path):
+    failing = 'step one "" "out/one out/never" work one out/one'
+    done, _ = shell(failing)
+    assert done.returncode == 1 and "one: did not leave out/never" in done.stderr
+    shell(failing)
+    assert (tmp_path / "out/one").read_text() == "one\none\n"
+    shell(failing + " --seed 2")
+    assert (tmp_path / "out/one").read_text() == "one\n"
+
+
+def test_optional_output_is_removed_but_need_not_be_there(shell, tmp_path):
+    step = 'step one "" "out/one out/work?" work one out/one'
+    assert shell(step)[0].returncode == 0
+    assert shell(step)[1] == []
+    (tmp_path / "out/work").write_text("left by a kill")
+    assert shell(step + " --seed 2")[1] == ["one"]
+    assert not (tmp_path / "out/work").exists()
+
+
+def test_missing_output_is_remade(shell, tmp_path):
+    shell(TWO)
+    (tmp_path / "out/one").unlink()
+    assert shell(TWO)[1] == ["one"]
+
+
+@pytest.mark.parametrize("command", ["false", "exit 3", "kill -9 $BASHPID"])
+def test_failing_command_leaves_no_stamp_and_ends_the_script(shell, tmp_path, command):
+    lines = f'bad() {{ work bad out/bad; {command}; }}\nstep bad "" out/bad bad\necho after'
+    done, _ = shell(lines)
+    assert done.returncode != 0 and "after" not in done.stdout
+    assert "bad: failed" in done.stderr
+    assert not (tmp_path / "exp/stamps/bad").exists()
+    # A step that was done and fails when remade is not done any more.
+    shell('step bad "" out/bad work bad out/bad')
+    assert (tmp_path / "exp/stamps/bad").exists()
+    shell(lines)
+    assert not (tmp_path / "exp/stamps/bad").exists()
+
+
+def test_files_of_a_folder_count(shell, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a").write_text("1")
+    (tmp_path / "shipped").mkdir()
+    (tmp_path / "shipped/weights").write_text("1")
+    step = 'step one "" out/one work one out/one --dl_dir in --teacher shipped'
+    shell(step)
+    assert shell(step)[1] == []
+    (tmp_path / "in/b").write_text("1")
+    assert shell(step)[1] == ["one"]
+    (tmp_path / "shipped/weights").write_text("2")
+    assert shell(step)[1] == ["one"]
+    assert shell(step)[1] == []

@@ -1,0 +1,195 @@
+"""The training loop on a small regression task."""
+
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import nn
+
+from mvqkd.errors import RecipeError
+from mvqkd.training.checkpoint import load_checkpoint
+from mvqkd.training.loop import TrainingSettings, train
+
+CPU = torch.device("cpu")
+BATCHES = 5
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the loop may catch it."""
+
+
+@dataclass
+class Batch:
+    ids: list[str]
+    x_BC: torch.Tensor
+
+
+class Task:
+    """Dropout draws from torch's generator; batches depend on the epoch."""
+
+    epoch_seconds = BATCHES * 2.0
+
+    def __init__(self, kill_at=None, kill_in_validation=0, bad_steps=()):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+        self.kill_at, self.kill_in_validation = kill_at, kill_in_validation
+        self.bad_steps, self.warmups, self.validated = bad_steps, [], 0
+
+    def batches(self, epoch, start):
+        generator = torch.Generator().manual_seed(epoch)
+        for index in range(BATCHES):
+            x_BC = torch.randn(3, 4, generator=generator)
+            if index >= start:
+                yield Batch([f"{epoch}-{index}-{i}" for i in range(3)], x_BC), 2.0
+
+    def loss(self, batch, step, warmup):
+        if step == self.kill_at:
+            raise Killed
+        self.warmups.append(warmup)
+        loss = (self.model(batch.x_BC) - batch.x_BC.sum(1, keepdim=True)).square().sum()
+        if step in self.bad_steps:
+            loss = loss * float("nan")
+        return loss, {"square": loss.item(), "weight": 3.0}
+
+    def validate(self):
+        self.validated += 1
+        if self.validated == self.kill_in_validation:
+            raise Killed
+        x_BC = torch.ones(2, 4)
+        torch.rand(7)  # draws that training must not see
+        return {"out": self.model(x_BC).sum().item()}
+
+    def describe(self, batch):
+        return ", ".join(batch.ids)
+
+
+SETTINGS = TrainingSettings(
+    num_epochs=3, lr=0.02, lr_batches=10, warmup_steps=10, average_period=2, log_every_steps=2
+)
+
+
+def log_of(folder):
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in entries]
+
+
+def same(ours, theirs):
+    if isinstance(ours, torch.Tensor):
+        return torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[k], theirs[k]) for k in ours)
+    if isinstance(ours, list | tuple):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return ours == theirs
+
+
+@pytest.mark.parametrize("optimizer", ["eve", "adamw"])
+@pytest.mark.parametrize("checkpoint_seconds", [0, 1e9])
+def test_resumes_bit_for_bit_from_any_step(tmp_path, optimizer, checkpoint_seconds):
+    settings = replace(SETTINGS, optimizer=optimizer, checkpoint_seconds=checkpoint_seconds)
+    train(Task(), settings, tmp_path / "whole", CPU)
+    for kill_at in range(2, 3 * BATCHES + 1):
+        folder = tmp_path / f"killed-{kill_at}"
+        with pytest.raises(Killed):
+            train(Task(kill_at), settings, folder, CPU)
+        saved = folder / "checkpoint.pt"
+        expected = kill_at - 1 if checkpoint_seconds == 0 else (kill_at - 1) // BATCHES * BATCHES
+        assert expected == (load_checkpoint(saved)["progress"]["step"] if saved.exists() else 0)
+        train(Task(), settings, folder, CPU)
+        for name in ("epoch-1.pt", "epoch-2.pt", "epoch-3.pt"):
+            ours, theirs = (load_checkpoint(f / name) for f in (folder, tmp_path / "whole"))
+            assert same(ours, theirs), (kill_at, name)
+        assert log_of(folder) == log_of(tmp_path / "whole"), kill_at
+
+
+@pytest.mark.parametrize("validation", [1, 2, 3])
+def test_resumes_from_the_last_step_of_an_epoch_that_is_not_validated(tmp_path, validation):
+    settings = replace(SETTINGS, checkpoint_seconds=0)
+    train(Task(), settings, tmp_path / "whole", CPU)
+    with pytest.raises(Killed):
+        train(Task(kill_in_validation=validation), settings, tmp_path / "killed", CPU)
+    train(Task(), settings, tmp_path / "killed", CPU)
+    assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
+
+
+def test_log_is_trimmed_to_the_checkpoint_and_a_cut_line_dropped(tmp_path):
+    train(Task(), SETTINGS, tmp_path / "whole", CPU)
+    with pytest.raises(Killed):
+        train(Task(kill_at=2 * BATCHES), SETTINGS, tmp_path / "killed", CPU)
+    path = tmp_path / "killed/log.jsonl"
+    assert [e["step"] for e in log_of(tmp_path / "killed")] == [2, 4, 5, 6, 8]
+    dev = {"kind": "dev", "step": BATCHES, "epoch": 2, "seconds": 1.0, "out": 1.0}
+    path.write_text(path.read_text() + json.dumps(dev) + '\n{"kind": "tra')
+    train(Task(), SETTINGS, tmp_path / "killed", CPU)
+    assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
+
+
+def test_finished_run_is_left_as_it_is(tmp_path):
+    train(Task(), SETTINGS, tmp_path, CPU)
+    before = load_checkpoint(tmp_path / "checkpoint.pt"), log_of(tmp_path)
+    train(Task(kill_at=1), SETTINGS, tmp_path, CPU)
+    assert same(before[0], load_checkpoint(tmp_path / "checkpoint.pt"))
+    assert before[1] == log_of(tmp_path)
+
+
+def test_running_average_is_the_mean_of_the_weights_at_its_steps(tmp_path):
+    settings = replace(SETTINGS, num_epochs=2, checkpoint_seconds=0)
+    weights = []
+
+    class Recorder(Task):
+        def loss(self, batch, step, warmup):
+            weights.append(self.model[0].weight.detach().clone())  # after step - 1
+            return super().loss(batch, step, warmup)
+
+    task = Recorder()
+    train(task, settings, tmp_path, CPU)
+    weights.append(task.model[0].weight.detach().clone())
+    average = load_checkpoint(tmp_path / "epoch-2.pt")["model_avg"]["0.weight"]
+    expected = torch.stack(weights)[2::2].mean(0)
+    torch.testing.assert_close(average, expected)
+
+
+def test_bad_batch_is_named_and_saved(tmp_path):
+    with pytest.raises(RecipeError) as raised:
+        train(Task(bad_steps=[7]), SETTINGS, tmp_path, CPU)
+    message = str(raised.value)
+    assert "bad-batch-7.pt" in message and "2-1-0, 2-1-1, 2-1-2" in message
+    assert "\n" not in message
+    saved = torch.load(tmp_path / "bad-batch-7.pt", weights_only=True)
+    assert saved["ids"] == ["2-1-0", "2-1-1", "2-1-2"] and saved["x_BC"].shape == (3, 4)
+
+
+def test_bad_batches_up_to_the_limit_are_left_out(tmp_path):
+    settings = replace(SETTINGS, max_bad_batches=2)
+    task = Task(bad_steps=[3, 9])
+    train(task, settings, tmp_path, CPU)
+    assert (tmp_path / "bad-batch-3.pt").exists() and (tmp_path / "bad-batch-9.pt").exists()
+    assert all(torch.isfinite(p).all() for p in task.model.parameters())
+    with pytest.raises(RecipeError, match="bad-batch-11"):
+        train(Task(bad_steps=[3, 9, 11]), settings, tmp_path / "more", CPU)
+
+
+def test_schedules(tmp_path):
+    settings = replace(SETTINGS, log_every_steps=1)
+    task = Task()
+    train(task, settings, tmp_path / "eve", CPU)
+    assert task.warmups == [step / 10 for step in range(1, 16)]
+    rates = [e["lr"] for e in log_of(tmp_path / "eve") if e["kind"] == "train"]
+    for step, rate in enumerate(rates, start=1):
+        epoch = (step - 1) // BATCHES
+        batch_factor = ((step**2 + 10**2) / 10**2) ** -0.25
+        assert rate == pytest.approx(
+            0.02 * batch_factor * ((epoch**2 + 6**2) / 6**2) ** -0.25, rel=1e-6
+        )
+    settings = replace(settings, optimizer="adamw", warm_share=0.2)
+    train(Task(), settings, tmp_path / "adamw", CPU)
+    rates = [e["lr"] for e in log_of(tmp_path / "adamw") if e["kind"] == "train"]
+    assert rates[:3] == pytest.approx([0.02 / 3, 0.04 / 3, 0.02])
+    assert rates == sorted(rates[:3]) + sorted(rates[3:], reverse=True)
+    assert rates[-1] == pytest.approx(0.02 * 1e-3)
+
+
+def test_only_the_last_epochs_are_kept(tmp_path):
+    train(Task(), replace(SETTINGS, keep_epochs=2), tmp_path, CPU)
+    assert sorted(p.name for p in tmp_path.glob("epoch-*")) == ["epoch-2.pt", "epoch-3.pt"]
