@@ -41,7 +41,7 @@ parse_options() {
         [[ $_po_value =~ ^([^ |]+(\|[^ |]+)+): ]] && _po_words[$_po_name]=${BASH_REMATCH[1]}
         _po_known+=" --${_po_name//_/-}"
         printf -v _po_line '  --%-24s %s (default: %s)\n' \
-            "${_po_name//_/-}" "$_po_value" "${!_po_name:-none}"
+            "${_po_name//_/-}" "$_po_value" "${!_po_name:-empty}"
         _po_usage+=$_po_line
     done <"$_po_script"
 

@@ -47,7 +47,12 @@ def main(settings: Settings) -> None:
         }
         mean_D, std_D = frames.mean(0), frames.std(0)
         quantizer = train_quantizer(
-            frames, settings.quantizer, device, settings.out_dir / "checkpoint.pt"
+            frames,
+            settings.quantizer,
+            device,
+            settings.out_dir / "checkpoint.pt",
+            progress=logging.info,
+            name=str(path),
         )
     diagnostics = diagnose(quantizer, unseen.to(device), mean_D.to(device))
     check_diagnostics(diagnostics)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,7 +26,9 @@ from mvqkd.data.shards import ArrayFile, map_shards
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
 from mvqkd.quantizer import Quantizer
-from mvqkd.teachers.hubert import HubertTeacher
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and students do not need it
+    from mvqkd.teachers.hubert import HubertTeacher
 
 FIELD = "codebook_indexes"
 ORIGIN_FIELD = "codebook_indexes_origin"

@@ -10,9 +10,6 @@ C channels (``d_model``), H heads, D channels per head, P relative positions, K 
 L cached frames. Feature frames are those of 10 ms.
 """
 
-# Fields carry shape suffixes too.
-# ruff: noqa: N815
-
 from __future__ import annotations
 
 import math

@@ -8,9 +8,6 @@ Shapes: B utterances, T encoder frames, S tokens, U token positions (S + 1), R p
 C encoder channels, E predictor channels, J joiner channels, V tokens with blank 0.
 """
 
-# Fields carry shape suffixes too.
-# ruff: noqa: N815
-
 from __future__ import annotations
 
 from collections.abc import Sequence

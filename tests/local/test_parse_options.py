@@ -124,7 +124,7 @@ def test_help_lists_options_with_defaults(run, args):
     ]
     assert "first stage to run (default: 0)" in lines["--stage"]
     assert "auto|cpu|cuda: where to run (default: auto)" in lines["--device"]
-    assert "folder with a copy # of the data (default: none)" in lines["--dl-dir"]
+    assert "folder with a copy # of the data (default: empty)" in lines["--dl-dir"]
     assert "(default: two words)" in lines["--name"]
 
 
