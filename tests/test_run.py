@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -348,8 +349,7 @@ def recordings(tmp_path):
 def test_digits_are_prepared_from_a_folder(recordings, tmp_path):
     folder = copy_checkout(tmp_path / "recipe")
     conf = folder / "egs/digits/conf/corpus.yaml"
-    assert "train_minutes: 45" in conf.read_text()
-    conf.write_text(conf.read_text().replace("train_minutes: 45", "train_minutes: 1"))
+    conf.write_text(re.sub(r"train_minutes: \d+", "train_minutes: 1", conf.read_text()))
     # A relative path is meant from where the user stands.
     args = ("--corpus", "digits", "--dl-dir", "recordings", "--stop-stage", "0")
     done = run_sh(folder, *args, cwd=tmp_path)
