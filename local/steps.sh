@@ -8,8 +8,10 @@
 # files in folders named after --dl_dir, of the files of a teacher that is not made here, and
 # of the stamps named in AFTER. Options that do not change what is made (--device,
 # --num_workers) are no part of it. When the hash has changed, OUTPUTS (paths, relative to the
-# recipe) are removed first; when it has not, a step that was killed goes on with what it has
-# left there. An output that ends in ? is removed likewise, but need not be there in the end.
+# recipe) are put aside (.before) until the new ones are whole, and put back if COMMAND fails
+# before it has made any of them, as for a mistyped conf; when it has not, a step that was
+# killed goes on with what it has left there. An output that ends in ? need not be there in
+# the end.
 
 log() {
     echo "$(date +%H:%M:%S) $*" >&2
@@ -39,7 +41,7 @@ list() {
 }
 
 _step_hash() {
-    local after=$1 word previous='' name
+    local after=$1 word previous='' stamp
     shift
     {
         for word; do
@@ -66,8 +68,8 @@ _step_hash() {
             esac
             previous=$word
         done
-        for name in $after; do
-            cat "$stamps/$name" 2>/dev/null || echo "$name not done"
+        for stamp in $after; do
+            cat "$stamps/$stamp" 2>/dev/null || echo "$stamp not done"
         done
     } | sha256sum | cut -d' ' -f1
     [[ ${PIPESTATUS[0]} -eq 0 ]]
@@ -93,6 +95,24 @@ _folder_state() (
     find . -type f -size +63M -printf '%P %s %T@\n' | sort
 )
 
+_put_aside() {
+    local path
+    for path; do
+        [[ ! -e $path ]] || { rm -rf "$path.before" && mv "$path" "$path.before"; }
+    done
+}
+
+# _put_back OUTPUT...: what was put aside, with its stamp, unless there is something new.
+_put_back() {
+    local path
+    for path; do
+        [[ ! -e $path ]] || return 1
+    done
+    for path in "$@" "$stamps/$name" "$stamps/$name.begun"; do
+        [[ ! -e $path.before ]] || mv -T "$path.before" "$path"
+    done
+}
+
 step() {
     local name=$1 after=$2 outputs=$3 hash output whole=true started
     shift 3
@@ -106,15 +126,16 @@ step() {
         return 0
     fi
     if [[ "$(cat "$stamps/$name.begun" 2>/dev/null)" != "$hash" ]]; then
-        for output in $outputs; do
-            rm -rf "${output%\?}"
-        done
+        # shellcheck disable=SC2086
+        _put_aside ${outputs//\?/} "$stamps/$name" "$stamps/$name.begun"
         echo "$hash" >"$stamps/$name.begun"
     fi
     rm -f "$stamps/$name"
     log "$name: begins"
     started=$SECONDS
     attended "$@" || {
+        # shellcheck disable=SC2086
+        _put_back ${outputs//\?/} || true
         log "$name: failed"
         return 1
     }
@@ -126,6 +147,9 @@ step() {
     done
     echo "$hash" >"$stamps/.$name.aside"
     mv "$stamps/.$name.aside" "$stamps/$name"
+    for output in ${outputs//\?/} "$stamps/$name" "$stamps/$name.begun"; do
+        rm -rf "$output.before"
+    done
     echo "$((SECONDS - started))" >"$stamps/$name.seconds"
     log "$name: done in $((SECONDS - started)) s"
 }

@@ -106,6 +106,20 @@ def test_outputs_are_removed_on_change_and_kept_on_resume(shell, tmp_path):
     assert (tmp_path / "out/one").read_text() == "one\n"
 
 
+def test_command_that_makes_nothing_leaves_what_was_there(shell, tmp_path):
+    shell(STEP)
+    conf = tmp_path / "conf/a.yaml"
+    right = conf.read_text()
+    conf.write_text("mistyped: 1\n")
+    done, _ = shell('step one "" out/one false one out/one $(conf a)')
+    assert done.returncode == 1
+    assert (tmp_path / "out/one").read_text() == "one\n"
+    conf.write_text(right)
+    _, ran = shell(STEP)
+    assert ran == []
+    assert not list(tmp_path.rglob("*.before"))
+
+
 def test_optional_output_is_removed_but_need_not_be_there(shell, tmp_path):
     step = 'step one "" "out/one out/work?" work one out/one'
     assert shell(step)[0].returncode == 0
