@@ -205,8 +205,10 @@ class Transducer(nn.Module):
                 reduction="none",
                 return_grad=True,
             )
+        # A batch of few tokens has no more positions than these.
+        s_range = min(prune_range, symbols_BS.size(1) + 1)
         ranges_BTR = get_rnnt_prune_ranges(
-            px_grad=px_grad, py_grad=py_grad, boundary=boundary_B4, s_range=prune_range
+            px_grad=px_grad, py_grad=py_grad, boundary=boundary_B4, s_range=s_range
         )
         am_BTRJ, lm_BTRJ = do_rnnt_pruning(
             am=self.joiner.encoder_proj(encoder_out_BTC),
