@@ -289,7 +289,8 @@ def checkpoint_cut_short(copy):
 @pytest.mark.parametrize(
     ("spoil", "args", "messages", "absent"),
     [
-        (unknown_key, ("--stage", "5"), ["shard_sise"], "data/mini-smoke/labels/mvq"),
+        # The labels of the conf before stay.
+        (unknown_key, ("--stage", "5"), ["shard_sise"], "data/mini-smoke/labels/mvq.before"),
         (
             unknown_conf_of_a_student,
             ("--stage", "6", "--students", "odd"),
