@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 import h5py
@@ -35,6 +37,20 @@ class ArrayFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def worker_pool(num_workers: int, tasks_per_child: int | None = None) -> Pool:
+    """Forked processes that end at once on SIGTERM, with which a pool ends them.
+
+    A Python handler, as entry scripts set one, would not do: a signal that comes just before
+    the worker waits for its next task is seen after it, that is, never.
+    """
+    return multiprocessing.get_context("fork").Pool(
+        num_workers,
+        initializer=signal.signal,
+        initargs=(signal.SIGTERM, signal.SIG_DFL),
+        maxtasksperchild=tasks_per_child,
+    )
 
 
 # Gives the shard's cuts with what it has stored of them.
@@ -82,7 +98,7 @@ def map_shards(
     started, done_seconds = time.monotonic(), 0.0
     total_seconds = sum(cut.duration for _, shard in left for cut in shard)
     do_shard = partial(_do_shard, process)
-    pool = multiprocessing.get_context("fork").Pool(num_workers) if num_workers > 0 else None
+    pool = worker_pool(num_workers) if num_workers > 0 else None
     try:
         results = pool.imap(do_shard, left) if pool else map(do_shard, left)
         for number, seconds in enumerate(results, start=1):

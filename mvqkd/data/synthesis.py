@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 import soundfile
 from scipy.signal import fftconvolve, lfilter, resample_poly
 
+from mvqkd.data.shards import worker_pool
 from mvqkd.errors import RecipeError
 
 SAMPLE_RATE = 16000
@@ -254,8 +254,7 @@ def synthesize_speakers(
     The bytes do not depend on ``num_workers``. Yields (speaker id, seconds of
     speech) as speakers are done, in the order given.
     """
-    context = multiprocessing.get_context("fork")
-    with context.Pool(num_workers, maxtasksperchild=1) as pool:
+    with worker_pool(num_workers, tasks_per_child=1) as pool:
         yield from pool.imap(_synthesize_speaker, [(s, grammar, root) for s in speakers], 1)
     write_speakers_table(root, [(s.id, s.part, s.seconds, s.voice) for s in speakers])
 
