@@ -49,8 +49,8 @@ class Espeak:
         )
         if self._native_rate <= 0:
             raise RecipeError("espeakng-loader: eSpeak NG does not start; remove .venv and retry")
-        # Some voices draw noise with rand().
-        ctypes.CDLL(None).srand(1)
+        # The breath of some voices is noise, from a generator that starts with the time of day.
+        self._lib.espeak_ng_SetRandSeed(ctypes.c_long(1))
         self._chunks: list[np.ndarray] = []
         callback = ctypes.CFUNCTYPE(
             ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p

@@ -1,6 +1,8 @@
 """Synthetic speech: reproducible, disjoint, in LibriSpeech's layout."""
 
 import hashlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -126,3 +128,14 @@ def test_grammar_that_is_used_up_stops_and_leaves_nothing(tmp_path):
     with pytest.raises(RecipeError, match="too few sentences"):
         main(settings)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_breathy_voice_is_the_same_in_every_process():
+    say = (
+        "import hashlib; from mvqkd.data.synthesis import Espeak; "
+        "audio = Espeak().say('a red lamp', 'en-us+f2', 50, 170, 50); "
+        "print(hashlib.sha256(audio.tobytes()).hexdigest())"
+    )
+    run = [sys.executable, "-c", say]
+    said = {subprocess.run(run, cwd=ROOT, capture_output=True, check=True).stdout for _ in range(2)}
+    assert len(said) == 1
