@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import platform
+
 import torch
 
 from mvqkd.errors import RecipeError
@@ -19,3 +22,19 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise RecipeError("--device cuda: PyTorch finds no CUDA device; use --device cpu")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # Absent from older versions of torch, which then go the safe way.
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def describe_device(device: torch.device) -> str:
+    """What a result was computed on."""
+    if device.type == "cuda":
+        return f"cuda, {torch.cuda.get_device_name(device)}"
+    return f"cpu, {torch.get_num_threads()} of {os.cpu_count()} cores, {platform.machine()}"

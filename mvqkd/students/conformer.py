@@ -353,7 +353,9 @@ class ConvolutionModule(nn.Module):
         conv = self.depthwise_conv
         if x.is_cuda or torch.jit.is_tracing():
             return conv(x.transpose(1, 2)).transpose(1, 2)
-        return _DepthwiseConvFunction.apply(x, conv.scaled_weight().squeeze(1), conv.scaled_bias())
+        # Under autocast x is in half precision, and a function of our own is not cast for.
+        weight_CK, bias_C = conv.scaled_weight().squeeze(1), conv.scaled_bias()
+        return _DepthwiseConvFunction.apply(x, weight_CK.to(x.dtype), bias_C.to(x.dtype))
 
 
 def _feed_forward(d_model: int, dim_feedforward: int, dropout: float) -> nn.Sequential:

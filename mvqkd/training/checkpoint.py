@@ -40,22 +40,25 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def averaged_weights(folder: Path, epoch: int, avg: int) -> dict[str, torch.Tensor]:
     """Mean of the weights over the last ``avg`` epochs up to ``epoch``.
 
-    ``model_avg`` of epoch e is the mean over all steps up to e, so the mean over
-    the epochs (epoch - avg, epoch] is the difference of two of them, weighted by
-    their steps, taken here as proportional to the epochs; ``avg`` 0 takes the
-    last weights as they are, and ``avg`` >= ``epoch`` the whole run.
+    ``model_avg`` of epoch e is the mean over the first ``averaged_steps`` steps, so
+    the mean over the epochs (epoch - avg, epoch] is the difference of two of them,
+    weighted by their steps; ``avg`` >= ``epoch`` is the whole run. ``avg`` 0 takes
+    the last weights as they are, and so do epochs too short for the average.
     """
     last = load_checkpoint(folder / f"epoch-{epoch}.pt")
-    if avg == 0:
+    end, begin, first = last["averaged_steps"], 0, None
+    if 0 < avg < epoch:
+        first = load_checkpoint(folder / f"epoch-{epoch - avg}.pt")
+        begin = first["averaged_steps"]
+    if avg == 0 or begin == end:
         return last["model"]
-    if avg >= epoch:
+    if first is None or begin == 0:
         return last["model_avg"]
-    first = load_checkpoint(folder / f"epoch-{epoch - avg}.pt")["model_avg"]
     mean = {}
     for name, value in last["model_avg"].items():
         if value.is_floating_point():
-            total = value.double() * epoch - first[name].double() * (epoch - avg)
-            mean[name] = (total / avg).to(value.dtype)
+            total = value.double() * end - first["model_avg"][name].double() * begin
+            mean[name] = (total / (end - begin)).to(value.dtype)
         else:
             mean[name] = value
     return mean

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mvqkd.device import has_bf16
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
 from mvqkd.training.checkpoint import load_checkpoint, save_checkpoint
@@ -39,7 +40,8 @@ class TrainingSettings:
 
     num_epochs: int = 30
     seed: int = 42
-    precision: Literal["float32", "bf16"] = "float32"
+    # "auto" is bf16 (mixed: the weights stay float32) where the device has it in hardware.
+    precision: Literal["float32", "bf16", "auto"] = "float32"
     # "eve" with Eden's schedule, as published for the students; "adamw" with a
     # linear warm-up over warm_share of the run and a cosine down to 0.
     optimizer: Literal["eve", "adamw"] = "eve"
@@ -193,8 +195,8 @@ class _Log:
 def train(task: Task, settings: TrainingSettings, folder: Path, device: torch.device) -> None:
     """Train ``task.model`` for ``settings.num_epochs``, or what is left of them.
 
-    Leaves in ``folder``: ``epoch-N.pt`` (keys ``model``, ``model_avg``), ``log.jsonl``,
-    TensorBoard's files, and ``checkpoint.pt`` to resume from.
+    Leaves in ``folder``: ``epoch-N.pt`` (keys ``model``, ``model_avg``, ``averaged_steps``),
+    ``log.jsonl``, TensorBoard's files, and ``checkpoint.pt`` to resume from.
 
     Raises:
       RecipeError: more batches than ``max_bad_batches`` gave a loss that is not finite.
@@ -218,8 +220,12 @@ def train(task: Task, settings: TrainingSettings, folder: Path, device: torch.de
         sums.update(saved["sums"])
         logging.info(f"resumed at epoch {progress.epoch}, step {progress.step}")
     log = _Log(folder, progress)
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and has_bf16(device))
     num_parameters = sum(p.numel() for p in model.parameters())
-    logging.info(f"{num_parameters / 1e6:.2f} M parameters, {settings.num_epochs} epochs")
+    logging.info(
+        f"{num_parameters / 1e6:.2f} M parameters, {settings.num_epochs} epochs, "
+        f"{'bf16' if bf16 else 'float32'}"
+    )
 
     def save() -> None:
         save_checkpoint(
@@ -242,7 +248,7 @@ def train(task: Task, settings: TrainingSettings, folder: Path, device: torch.de
             lr = schedule.set(progress)
             seed_everything(settings.seed, progress.step)
             warmup = progress.step / settings.warmup_steps
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss, figures = task.loss(batch, progress.step, warmup)
             if not torch.isfinite(loss):
                 progress.bad_batches += 1
@@ -283,7 +289,12 @@ def train(task: Task, settings: TrainingSettings, folder: Path, device: torch.de
             log.write("dev", progress, figures)
             shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
             logging.info(f"epoch {epoch}/{settings.num_epochs}, dev: {shown}")
-        save_checkpoint(folder / f"epoch-{epoch}.pt", model=model.state_dict(), model_avg=average)
+        save_checkpoint(
+            folder / f"epoch-{epoch}.pt",
+            model=model.state_dict(),
+            model_avg=average,
+            averaged_steps=progress.step // settings.average_period * settings.average_period,
+        )
         (folder / f"epoch-{epoch - settings.keep_epochs}.pt").unlink(missing_ok=True)
         progress.epoch, progress.batch = epoch + 1, 0
         save()

@@ -165,6 +165,20 @@ def test_every_parameter_gets_a_gradient_and_losses_are_per_utterance():
     assert [name for name, p in used_parameters(model) if p.grad is None] == []
 
 
+def test_bf16_is_close_to_float32():
+    gradients = []
+    for enabled in (False, True):
+        model = make_model(0.0).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses, _ = compute_losses(model)
+        losses.sum().backward()
+        gradient = torch.cat([p.grad.flatten() for _, p in used_parameters(model)])
+        gradients.append((losses.detach(), gradient))
+    (losses, gradient), (losses_half, gradient_half) = gradients
+    torch.testing.assert_close(losses_half, losses, rtol=2e-2, atol=0)
+    assert torch.nn.functional.cosine_similarity(gradient, gradient_half, dim=0) > 0.99
+
+
 def test_decoder_with_context_equals_padded():
     decoder = make_model(0.0).decoder
     tokens = torch.tensor([[0, 3, 5, 1]])

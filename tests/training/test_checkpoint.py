@@ -49,21 +49,33 @@ def test_missing(tmp_path):
 
 
 def test_averaged_weights(tmp_path):
-    """With two steps an epoch, model_avg of epoch e is the mean of all steps up to it."""
+    """Epochs of unequal length; model_avg of epoch e is the mean of all steps up to it."""
     steps = torch.randn(8, 3)
+    ends = [0, 2, 3, 6, 8]
     for epoch in range(1, 5):
         save_checkpoint(
             tmp_path / f"epoch-{epoch}.pt",
-            model={"w": steps[2 * epoch - 1], "count": torch.tensor(epoch)},
-            model_avg={"w": steps[: 2 * epoch].mean(0), "count": torch.tensor(epoch)},
+            model={"w": steps[ends[epoch] - 1], "count": torch.tensor(epoch)},
+            model_avg={"w": steps[: ends[epoch]].mean(0), "count": torch.tensor(epoch)},
+            averaged_steps=ends[epoch],
         )
     for epoch in range(1, 5):
-        assert torch.equal(averaged_weights(tmp_path, epoch, 0)["w"], steps[2 * epoch - 1])
+        assert torch.equal(averaged_weights(tmp_path, epoch, 0)["w"], steps[ends[epoch] - 1])
         for avg in range(1, 6):
             weights = averaged_weights(tmp_path, epoch, avg)
-            expected = steps[max(0, 2 * (epoch - avg)) : 2 * epoch].mean(0)
+            expected = steps[ends[max(0, epoch - avg)] : ends[epoch]].mean(0)
             torch.testing.assert_close(weights["w"], expected)
             assert weights["w"].dtype == torch.float32 and weights["count"] == epoch
+
+
+def test_averaged_weights_of_epochs_shorter_than_the_average(tmp_path):
+    """No step was averaged: the running average still holds the weights at the start."""
+    model, start = {"w": torch.ones(2)}, {"w": torch.zeros(2)}
+    for epoch in (1, 2):
+        path = tmp_path / f"epoch-{epoch}.pt"
+        save_checkpoint(path, model=model, model_avg=start, averaged_steps=0)
+    for avg in (1, 2):
+        assert torch.equal(averaged_weights(tmp_path, 2, avg)["w"], model["w"])
 
 
 def test_averaged_weights_of_an_epoch_that_is_not_there(tmp_path):
