@@ -11,7 +11,7 @@
 # recipe) are put aside (.before) until the new ones are whole, and put back if COMMAND fails
 # before it has made any of them, as for a mistyped conf; when it has not, a step that was
 # killed goes on with what it has left there. An output that ends in ? need not be there in
-# the end.
+# the end. Of two runs that come to the same step, the second waits for the first.
 
 log() {
     echo "$(date +%H:%M:%S) $*" >&2
@@ -117,12 +117,19 @@ step() {
     local name=$1 after=$2 outputs=$3 hash output whole=true started
     shift 3
     mkdir -p "$stamps"
+    # Held by what the step starts too, should this shell be killed alone.
+    exec {step_lock}>>"$stamps/.$name.lock"
+    flock -n "$step_lock" || {
+        log "$name: another run is at it; waiting"
+        flock "$step_lock"
+    }
     hash=$(_step_hash "$after" "$@") || return 1
     for output in $outputs; do
         [[ $output == *\? || -e $output ]] || whole=false
     done
     if $whole && [[ "$(cat "$stamps/$name" 2>/dev/null)" == "$hash" ]]; then
         log "$name: done already"
+        exec {step_lock}>&-
         return 0
     fi
     if [[ "$(cat "$stamps/$name.begun" 2>/dev/null)" != "$hash" ]]; then
@@ -152,4 +159,5 @@ step() {
     done
     echo "$((SECONDS - started))" >"$stamps/$name.seconds"
     log "$name: done in $((SECONDS - started)) s"
+    exec {step_lock}>&-
 }

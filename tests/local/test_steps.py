@@ -1,5 +1,6 @@
 """local/steps.sh, sourced by a small script."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -24,13 +25,19 @@ def shell(tmp_path):
         'work() { echo "$1" >>ran; mkdir -p "$(dirname "$2")"; echo "$1" >>"$2"; }\n'
     )
 
+    def start(lines):
+        pipe = subprocess.PIPE
+        command = ["bash", "-c", head + lines]
+        return subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True)
+
     def shell(lines):
         (tmp_path / "ran").write_text("")
-        done = subprocess.run(
-            ["bash", "-c", head + lines], cwd=tmp_path, capture_output=True, text=True
-        )
+        process = start(lines)
+        stdout, stderr = process.communicate()
+        done = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
         return done, (tmp_path / "ran").read_text().split()
 
+    shell.start = start
     return shell
 
 
@@ -162,3 +169,19 @@ def test_files_of_a_folder_count(shell, tmp_path):
     (tmp_path / "shipped/weights").write_text("2")
     assert shell(step)[1] == ["one"]
     assert shell(step)[1] == []
+
+
+def test_second_run_waits_for_the_first(shell, tmp_path):
+    step = 'step one "" out/one slow\n'
+    slow = f"slow() {{ echo >{tmp_path}/at; read <{tmp_path}/go; work one out/one; }}\n"
+    os.mkfifo(tmp_path / "at")
+    os.mkfifo(tmp_path / "go")
+    first = shell.start(slow + step)
+    (tmp_path / "at").read_text()
+    second = shell.start(slow + step)
+    assert "one: another run is at it; waiting" in second.stderr.readline()
+    (tmp_path / "go").write_text("\n")
+    first.communicate()
+    _, said = second.communicate()
+    assert first.returncode == second.returncode == 0
+    assert "one: done already" in said
