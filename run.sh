@@ -67,6 +67,12 @@ for student in "${student_names[@]}"; do
     fi
 done
 
+# What made the results: the options that change them.
+invocation() {
+    echo "./run.sh --corpus $corpus${size:+ --size $size}${split:+ --split $split}" \
+        "--labels $labels${students:+ --students \"$students\"} --train-teacher $train_teacher"
+}
+
 manifests() {
     local part paths=()
     for part; do
@@ -186,7 +192,7 @@ if on 8; then
     step report "verify-teacher ${student_names[*]/#/decode-}" \
         "$exp/results.json $exp/report" \
         python3 local/report.py --exp_dir "$exp" --data_dir "$data" --labels "$labels" \
-        --students "$(list "${student_names[@]}")" --command "./run.sh --corpus $corpus${size:+ --size $size}"
+        --students "$(list "${student_names[@]}")" --command "$(invocation)"
     cat "$exp/report/table.txt"
 fi
 if on 9; then

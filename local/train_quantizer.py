@@ -11,7 +11,7 @@ import h5py
 import torch
 
 from mvqkd import cli
-from mvqkd.device import pick_device
+from mvqkd.device import describe_device, pick_device
 from mvqkd.errors import RecipeError
 from mvqkd.files import require, written_aside
 from mvqkd.quantizer import QuantizerSettings, save_quantizer, train_quantizer
@@ -58,6 +58,7 @@ def main(settings: Settings) -> None:
     check_diagnostics(diagnostics)
     logging.info(f"RRL on unseen frames by rounds of refinement: {diagnostics['rrl']}")
     plot_diagnostics(diagnostics, settings.out_dir / "diagnostics.png")
+    diagnostics |= {"seed": settings.quantizer.seed, "device": describe_device(device)}
     with written_aside(settings.out_dir / "diagnostics.json") as aside:
         aside.write_text(json.dumps(diagnostics, indent=1) + "\n")
     meta |= {"mean": mean_D, "std": std_D}

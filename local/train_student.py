@@ -15,7 +15,7 @@ from mvqkd.data.datamodule import DataSettings, StudentData
 from mvqkd.data.labels import Origin, check_origin
 from mvqkd.data.manifests import read_cuts
 from mvqkd.data.tokens import load_tokens
-from mvqkd.device import pick_device
+from mvqkd.device import describe_device, pick_device
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
 from mvqkd.losses.distillation import Distillation, DistillationSettings, Pairing
@@ -92,7 +92,11 @@ def main(settings: Settings) -> None:
         for path in settings.dev_manifests
     }
     with written_aside(settings.exp_dir / "settings.json") as aside:
-        document = {"command": " ".join(sys.argv), **asdict(settings)}
+        document = {
+            "command": " ".join(sys.argv),
+            **asdict(settings),
+            "device": describe_device(device),
+        }
         aside.write_text(json.dumps(document, indent=1, default=str) + "\n")
     task = StudentTask(
         model,

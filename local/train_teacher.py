@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from lhotse import CutSet
 
 from mvqkd import cli
 from mvqkd.data.manifests import read_cuts
-from mvqkd.device import pick_device
+from mvqkd.device import describe_device, pick_device
 from mvqkd.files import written_aside
 from mvqkd.teachers import load_teacher
 from mvqkd.teachers.ctc import CtcTask, HubertSettings, new_hubert
@@ -63,7 +61,7 @@ def main(settings: Settings) -> None:
     origin = {
         "command": " ".join(sys.argv),
         "seed": seed,
-        "device": f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
+        "device": describe_device(device),
         "training_minutes": round(log[-1]["seconds"] / 60, 1),
         "speech_hours": round(task.epoch_seconds / 3600, 2),
         "epochs": settings.training.num_epochs,

@@ -10,7 +10,7 @@ from pathlib import Path
 from mvqkd import cli
 from mvqkd.data.manifests import read_cuts
 from mvqkd.decoding.scoring import save_results
-from mvqkd.device import pick_device
+from mvqkd.device import describe_device, pick_device
 from mvqkd.files import written_aside
 from mvqkd.teachers import load_teacher
 from mvqkd.teachers.ctc import transcribe_cuts
@@ -42,7 +42,7 @@ def main(settings: Settings) -> None:
             logging.info(counts.line(f"{part}-ctc_greedy_search"))
             wers[part] = counts.wer
     with written_aside(settings.out_dir / "wer.json") as aside:
-        aside.write_text(json.dumps(wers) + "\n")
+        aside.write_text(json.dumps({"wer": wers, "device": describe_device(device)}) + "\n")
 
 
 if __name__ == "__main__":

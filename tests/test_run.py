@@ -56,7 +56,7 @@ def test_leaves_what_each_stage_promises(finished, monkeypatch):
     assert len(train) == 3 * len(originals)
     assert (data / "tokens/bpe.model").exists() and (data / "tokens/tokens.txt").exists()
     assert json.loads((exp / "teacher/origin.json").read_text())["epochs"] == 2
-    assert set(json.loads((exp / "teacher-wer/wer.json").read_text())) == set(TEST_PARTS)
+    assert set(json.loads((exp / "teacher-wer/wer.json").read_text())["wer"]) == set(TEST_PARTS)
     for part in TEST_PARTS:
         assert list((exp / "teacher-wer").rglob(f"wer-summary-{part}-*"))
     for name in ("embeddings.h5", "quantizer.pt", "diagnostics.json", "diagnostics.png"):

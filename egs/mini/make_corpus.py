@@ -78,7 +78,8 @@ def speakers_of(settings: Settings) -> list[Speaker]:
                     seed=settings.seed,
                 )
             )
-        first_id += 100
+        # Room for every variant, so that a part's voices keep their ids when another part grows.
+        first_id += max(100, len(part.variants))
     return speakers
 
 

@@ -121,8 +121,9 @@ class Grammar:
                     raise RecipeError(f"grammar: template names {name}, which is no class")
 
     def vocabulary(self) -> set[str]:
-        fixed = {w.rstrip("?") for t in self._templates for w in t}
-        return {w for w in fixed if not w.isupper()}.union(*self._classes.values())
+        """All words that a sentence can have."""
+        slots = {word.rstrip("?") for template in self._templates for word in template}
+        return {word for slot in slots for word in self._classes.get(slot, [slot])}
 
     def sentence(self, rng: np.random.Generator, split: str) -> str:
         """

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mvqkd.data.manifests import read_cuts
 from mvqkd.decoding.scoring import paired_difference, wer_interval
 from mvqkd.files import require
@@ -52,7 +50,6 @@ def collect_results(
     Raises:
       RecipeError: a student has not been trained or decoded.
     """
-    device = f"cuda, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu"
     rows, decoded = [], {}
     for student in students:
         folder = exp_dir / student
@@ -76,7 +73,7 @@ def collect_results(
                 origin=Origin(
                     command,
                     _stamp(exp_dir, f"student-{student}")[:12],
-                    device,
+                    settings["device"],
                     settings["training"]["seed"],
                 ),
                 label_bytes_per_hour=(
@@ -90,22 +87,29 @@ def collect_results(
             )
         )
     rows = [_compared(rows, row, students, decoded) for row in rows]
-    teacher_hash = _stamp(exp_dir, "verify-teacher")[:12]
-    wers = json.loads((exp_dir / "teacher-wer" / "wer.json").read_text())
+    teacher = json.loads((exp_dir / "teacher-wer" / "wer.json").read_text())
     diagnostics = json.loads((exp_dir / "quantizer" / labels / "diagnostics.json").read_text())
     other = {
-        "teacher": {"wer": wers, "origin": _origin(command, teacher_hash, device)},
+        "teacher": {
+            "wer": teacher["wer"],
+            "origin": {
+                "command": command,
+                "conf_hash": _stamp(exp_dir, "verify-teacher")[:12],
+                "device": teacher["device"],
+            },
+        },
         "quantizer": {
             "rrl": diagnostics["rrl"],
             "num_codebooks": diagnostics["num_codebooks"],
-            "origin": _origin(command, _stamp(exp_dir, f"quantizer-{labels}")[:12], device),
+            "origin": {
+                "command": command,
+                "conf_hash": _stamp(exp_dir, f"quantizer-{labels}")[:12],
+                "device": diagnostics["device"],
+                "seed": diagnostics["seed"],
+            },
         },
     }
     return rows, other
-
-
-def _origin(command: str, conf_hash: str, device: str) -> dict[str, Any]:
-    return {"command": command, "conf_hash": conf_hash, "device": device, "seed": SEED}
 
 
 def _compared(

@@ -23,7 +23,7 @@ class SampleSettings:
     """Which utterances of the training set are looked at."""
 
     num_utterances: int = 1000
-    # Of them, kept from training, to measure the codebooks on.
+    # Of them, kept from training, to measure the codebooks on: at least 1, at most a fifth.
     num_unseen: int = 50
     max_duration: float = 100
     seed: int = 1
@@ -46,7 +46,7 @@ def sample_embeddings(
     everything = list(cuts)
     order = np.random.default_rng(settings.seed).permutation(len(everything))
     chosen = [everything[i] for i in order[: settings.num_utterances]]
-    num_unseen = min(settings.num_unseen, max(1, len(chosen) // 5))
+    num_unseen = max(1, min(settings.num_unseen, len(chosen) // 5))
     if len(chosen) < 2:
         raise RecipeError(
             "sample.num_utterances: the sample has fewer than 2 utterances, one to train and one "
