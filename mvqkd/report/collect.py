@@ -96,6 +96,7 @@ def collect_results(
                 "command": command,
                 "conf_hash": _stamp(exp_dir, "verify-teacher")[:12],
                 "device": teacher["device"],
+                "seed": None,  # nothing is drawn
             },
         },
         "quantizer": {
