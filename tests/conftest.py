@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from lhotse import CutSet
-from transformers import HubertConfig, HubertForCTC
+from transformers import HubertForCTC
 
 from egs.mini.make_corpus import PartSettings, Settings, main
 from mvqkd.data.features import FeatureSettings, compute_features
@@ -57,8 +57,8 @@ def feature_cuts(corpus, plain_cuts):
     return compute_features(cuts, out, True, FeatureSettings(shard_size=5), num_workers=1)
 
 
-def tiny_hubert(seed=1, **config):
-    """A HuBERT of two layers with random weights and HuBERT's frame geometry."""
+def tiny_hubert(seed=1, model_class=HubertForCTC, **config):
+    """A HuBERT, or one of its kin, of two layers with random weights and HuBERT's frames."""
     torch.manual_seed(seed)
     settings = {
         "vocab_size": len(SYMBOLS),
@@ -78,7 +78,7 @@ def tiny_hubert(seed=1, **config):
         "mask_time_prob": 0.0,
         **config,
     }
-    return HubertForCTC(HubertConfig(**settings)).eval()
+    return model_class(model_class.config_class(**settings)).eval()
 
 
 @pytest.fixture(scope="session")

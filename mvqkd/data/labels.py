@@ -28,7 +28,7 @@ from mvqkd.files import written_aside
 from mvqkd.quantizer import Quantizer
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and students do not need it
-    from mvqkd.teachers.hubert import HubertTeacher
+    from mvqkd.teachers.base import Teacher
 
 FIELD = "codebook_indexes"
 ORIGIN_FIELD = "codebook_indexes_origin"
@@ -67,7 +67,7 @@ class Dumper:
 
     def __init__(
         self,
-        teacher: HubertTeacher,
+        teacher: Teacher,
         quantizer: Quantizer,
         origin: Origin,
         settings: LabelSettings,
@@ -142,7 +142,7 @@ def dump_labels(cuts: CutSet, out: Path, dumper: Dumper, shard_size: int) -> Cut
 
 def verify_labels(
     cuts: CutSet,
-    teacher: HubertTeacher,
+    teacher: Teacher,
     num_codebooks: int,
     origin: Origin,
     codebook_size: int = 256,

@@ -3,40 +3,53 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mvqkd.errors import RecipeError
+from mvqkd.files import require
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from mvqkd.teachers.base import Teacher
 
 
-def load_teacher(name_or_path: str):
-    """The teacher in a local folder (transformers' layout), or by its name on the hub.
+def load_teacher(name_or_path: str | Path, revision: str | None = None) -> Teacher:
+    """The teacher in a local folder (transformers' layout), or by its name on the hub, there at
+    ``revision``.
 
-    Returns an object with ``dim``, ``num_layers``, ``frame_shift``,
-    ``embed(waveforms_BL, lengths_B, layer) -> (embeddings_BTD, lengths_B)``, and
-    ``transcribe`` where it has a CTC head. Layers are counted from 1.
+    Returns an object with ``dim``, ``num_layers``, ``frame_shift``, ``frame_offset``,
+    ``num_frames(num_samples)``, ``embed(waveforms_BL, lengths_B, layer) -> (embeddings_BTD,
+    lengths_B)``, and ``vocabulary`` and ``transcribe`` where it has a CTC head. Layers are counted
+    from 1.
 
     Raises:
       RecipeError: there is no such folder or name, or it cannot be loaded.
     """
-    from mvqkd.teachers.hubert import load_hubert
+    from mvqkd.teachers.base import read_json
+    from mvqkd.teachers.hubert import FAMILIES, load_hubert
+    from mvqkd.teachers.whisper import load_whisper
 
-    return load_hubert(find_teacher(name_or_path), name=str(name_or_path))
+    path, name = find_teacher(name_or_path, revision), str(name_or_path)
+    config_path = require(path / "config.json", "give a folder in transformers' layout")
+    family = read_json(config_path).get("model_type")
+    if family == "whisper":
+        return load_whisper(path, name)
+    if family not in FAMILIES:
+        known = ", ".join([*FAMILIES, "whisper"])
+        raise RecipeError(
+            f"{config_path}: model_type {family} is no teacher that is known here; give one of "
+            f"{known}"
+        )
+    return load_hubert(path, family, name)
 
 
-def find_teacher(name: str) -> Path:
-    """The folder ``name``, or the one that the hub's model of that name is downloaded to.
+def find_teacher(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """The folder or file of that path, or the folder that the hub's model is downloaded to.
 
     Raises:
       RecipeError: there is neither.
     """
-    if Path(name).exists():
-        return Path(name)
-    from huggingface_hub import snapshot_download
+    if Path(name_or_path).exists():
+        return Path(name_or_path)
+    from mvqkd.teachers.hub import fetch
 
-    patterns = ["*.json", "*.safetensors", "pytorch_model*.bin"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=10))
-    except Exception as error:  # the hub's own, the HTTP client's and the system's
-        raise RecipeError(
-            f"teacher {name}: no such folder, and the hub does not give it "
-            f"({type(error).__name__}); check the name, or download it and give the folder"
-        ) from error
+    return fetch(str(name_or_path), revision)

@@ -15,7 +15,7 @@ from lhotse import CutSet
 from mvqkd.data.audio import bucketed_batches, collate_audio
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
-from mvqkd.teachers.hubert import HubertTeacher
+from mvqkd.teachers.base import Teacher
 
 
 @dataclass
@@ -31,7 +31,7 @@ class SampleSettings:
 
 def sample_embeddings(
     cuts: CutSet,
-    teacher: HubertTeacher,
+    teacher: Teacher,
     layer: int,
     out: Path,
     settings: SampleSettings,

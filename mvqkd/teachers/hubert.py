@@ -1,46 +1,65 @@
-"""HuBERT as a teacher, by transformers.
+"""HuBERT, wav2vec 2.0 and WavLM as teachers, by transformers.
 
-B: utterances, L: samples, T: frames (`T_teacher`), D: dimension.
+All three are convolutions over the waveform, then a transformer, and their parts have the same
+names in transformers. WavLM differs in its attention, wav2vec 2.0 in what it was trained for.
 
-Source: Hsu et al., "HuBERT: Self-Supervised Speech Representation Learning by
-Masked Prediction of Hidden Units", 2021 (arXiv 2106.07447).
+B: utterances, L: samples, T: frames (`T_teacher`), D: dimension, V: symbols.
+
+Source: Hsu et al., "HuBERT: Self-Supervised Speech Representation Learning by Masked Prediction
+of Hidden Units", 2021 (arXiv 2106.07447); Baevski et al., "wav2vec 2.0: A Framework for
+Self-Supervised Learning of Speech Representations", 2020 (arXiv 2006.11477); Chen et al., "WavLM:
+Large-Scale Self-Supervised Pre-Training for Full Stack Speech Processing", 2021 (arXiv
+2110.13900).
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
+import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import HubertConfig, HubertForCTC
+from transformers import HubertForCTC, PreTrainedModel, Wav2Vec2ForCTC, WavLMForCTC
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging as transformers_logging
 
 from mvqkd.errors import RecipeError, reason_of
 from mvqkd.files import require
+from mvqkd.teachers.base import SAMPLE_RATE, Teacher, kept_layers, read_json
 
-SAMPLE_RATE = 16000
+# By the model_type of a config.json.
+FAMILIES: dict[str, type[PreTrainedModel]] = {
+    "hubert": HubertForCTC,
+    "wav2vec2": Wav2Vec2ForCTC,
+    "wavlm": WavLMForCTC,
+}
+# A symbol that fairseq, too, leaves out of transcripts; it stands for nothing that is said.
+END_OF_SENTENCE = "</s>"
 
 
-class HubertTeacher(nn.Module):
-    """A HuBERT, with a CTC head where it has been fine-tuned.
+class HubertTeacher(Teacher):
+    """A HuBERT or one of its kin, with a CTC head where it has been fine-tuned.
 
-    An utterance's embedding does not depend on what else is in its batch: padding
-    is kept out of attention, position convolution and normalization.
+    Padding is kept out of attention, position convolution and normalization.
     """
+
+    # A minute: what attention and convolutions of a large model take stays below 10 GB.
+    window_frames = 3000
 
     def __init__(
         self,
-        model: HubertForCTC,
+        model: PreTrainedModel,
         do_normalize: bool,
         vocabulary: list[str] | None = None,
         name: str = "hubert",
     ) -> None:
         super().__init__()
+        # One of FAMILIES, whose head has random weights where ``vocabulary`` is None.
         self.model = model
         self.do_normalize = do_normalize
-        # Symbols by CTC index; 0 is blank, "|" parts words. None: no CTC head.
         self.vocabulary = vocabulary
         self.name = name
 
@@ -53,11 +72,8 @@ class HubertTeacher(nn.Module):
         return self.model.config.num_hidden_layers
 
     @property
-    def _stride(self) -> int:
-        stride = 1
-        for s in self.model.config.conv_stride:
-            stride *= s
-        return stride
+    def stride(self) -> int:
+        return math.prod(self.model.config.conv_stride)
 
     @property
     def receptive_field(self) -> int:
@@ -68,39 +84,48 @@ class HubertTeacher(nn.Module):
             jump *= stride
         return field
 
-    @property
-    def frame_shift(self) -> float:
-        """Seconds."""
-        return self._stride / SAMPLE_RATE
-
-    @property
-    def frame_offset(self) -> float:
-        """Seconds from the start of the audio to the centre of frame 0."""
-        return self.receptive_field / 2 / SAMPLE_RATE
-
-    def num_frames(self, num_samples: int) -> int:
-        """`T_teacher`: frames whose receptive field lies wholly inside the audio."""
-        return max(0, (num_samples - self.receptive_field) // self._stride + 1)
-
-    def _normalized(self, waveforms_BL: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-        """Zero mean and unit variance over each utterance; padding is 0."""
-        inside_BL = torch.arange(waveforms_BL.shape[1], device=waveforms_BL.device)
-        inside_BL = inside_BL[None] < lengths_B[:, None]
-        waveforms_BL = waveforms_BL.masked_fill(~inside_BL, 0)
+    def _prepared(self, waveforms_BL: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+        """Zero mean and unit variance over each utterance, if the checkpoint asks for it."""
+        waveforms_BL = super()._prepared(waveforms_BL, lengths_B)
         if not self.do_normalize:
             return waveforms_BL
+        inside_BL = torch.arange(waveforms_BL.shape[1], device=waveforms_BL.device)
+        inside_BL = inside_BL[None] < lengths_B[:, None]
         mean_B1 = waveforms_BL.sum(1, keepdim=True) / lengths_B[:, None]
         centred_BL = (waveforms_BL - mean_B1) * inside_BL
         variance_B1 = (centred_BL**2).sum(1, keepdim=True) / lengths_B[:, None]
         return centred_BL / (variance_B1 + 1e-7).sqrt()
 
     def _features(self, waveforms_BL: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-        extractor = self.model.hubert.feature_extractor
+        extractor = self.model.base_model.feature_extractor
         if self.model.config.feat_extract_norm != "group":
             return extractor(waveforms_BL).transpose(1, 2)
         # Group norm takes its statistics over time, so each utterance goes alone.
         features = [extractor(w_L[None, :n])[0].T for w_L, n in zip(waveforms_BL, lengths_B)]
         return nn.utils.rnn.pad_sequence(features, batch_first=True)
+
+    def _encode(
+        self,
+        prepared_BL: torch.Tensor,
+        lengths_B: torch.Tensor,
+        layers: list[int],
+        mask_inputs: bool,
+    ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        body = self.model.base_model
+        features_BTC = self._features(prepared_BL, lengths_B)
+        frames_B = torch.tensor([self.num_frames(int(n)) for n in lengths_B])
+        frames_B = frames_B.to(features_BTC.device)
+        inside_BT = torch.arange(features_BTC.shape[1], device=frames_B.device) < frames_B[:, None]
+        hidden_BTD = body.feature_projection(features_BTC)
+        if isinstance(hidden_BTD, tuple):  # all but HuBERT give what they projected too
+            hidden_BTD = hidden_BTD[0]
+        if mask_inputs:
+            hidden_BTD = body._mask_hidden_states(hidden_BTD, attention_mask=inside_BT.long())
+        with kept_layers(body.encoder, layers) as outputs, warnings.catch_warnings():
+            # WavLM's, of a mask of another type than its position bias, which torch converts.
+            warnings.filterwarnings("ignore", message="Support for mismatched")
+            final: BaseModelOutput = body.encoder(hidden_BTD, attention_mask=inside_BT)
+        return [outputs[layer] for layer in layers], final.last_hidden_state, frames_B
 
     def hidden_states(
         self,
@@ -113,56 +138,14 @@ class HubertTeacher(nn.Module):
 
         Layers above the highest are not run; the final output is then not the model's.
         """
-        hubert = self.model.hubert
-        waveforms_BL = self._normalized(waveforms_BL, lengths_B)
-        features_BTC = self._features(waveforms_BL, lengths_B)
-        frames_B = torch.tensor([self.num_frames(int(n)) for n in lengths_B])
-        frames_B = frames_B.to(features_BTC.device)
-        inside_BT = torch.arange(features_BTC.shape[1], device=frames_B.device) < frames_B[:, None]
-        hidden_BTD = hubert.feature_projection(features_BTC)
-        if mask_inputs:
-            hidden_BTD = hubert._mask_hidden_states(hidden_BTD, attention_mask=inside_BT.long())
-        outputs: dict[int, torch.Tensor] = {}
-        hooks, all_layers = [], hubert.encoder.layers
-        for layer in layers:
-            hook = _Keep(outputs, layer)
-            hooks.append(all_layers[layer - 1].register_forward_hook(hook))
-        try:
-            if layers:
-                hubert.encoder.layers = all_layers[: max(layers)]
-            final: BaseModelOutput = hubert.encoder(hidden_BTD, attention_mask=inside_BT)
-        finally:
-            hubert.encoder.layers = all_layers
-            for hook in hooks:
-                hook.remove()
-        return [outputs[layer] for layer in layers], final.last_hidden_state, frames_B
+        prepared_BL = self._prepared(waveforms_BL, lengths_B)
+        return self._encode(prepared_BL, lengths_B, layers, mask_inputs)
 
-    @torch.inference_mode()
-    def embed(
-        self, waveforms_BL: torch.Tensor, lengths_B: torch.Tensor, layer: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output of ``layer``, before any final layer norm.
-
-        Args:
-          waveforms_BL: 16 kHz, in [-1, 1], padded with anything.
-          lengths_B: samples.
-          layer: from 1.
-
-        Returns:
-          (embeddings_BTD, lengths_B in frames); what lies past a length is undefined.
-
-        Raises:
-          RecipeError: no such layer, or an utterance too short for one frame.
-        """
-        if not 1 <= layer <= self.num_layers:
-            raise RecipeError(f"teacher {self.name}: layer {layer} is not in 1..{self.num_layers}")
-        if int(lengths_B.min()) < self.receptive_field:
-            raise RecipeError(
-                f"teacher {self.name}: an utterance of {int(lengths_B.min())} samples is shorter "
-                f"than one frame ({self.receptive_field}); remove it"
-            )
-        (embeddings_BTD,), _, frames_B = self.hidden_states(waveforms_BL, lengths_B, [layer])
-        return embeddings_BTD, frames_B
+    def _layer(
+        self, prepared_BL: torch.Tensor, lengths_B: torch.Tensor, layer: int
+    ) -> torch.Tensor:
+        (embeddings_BTD,), _, _ = self._encode(prepared_BL, lengths_B, [layer], False)
+        return embeddings_BTD
 
     def ctc_logits(
         self, waveforms_BL: torch.Tensor, lengths_B: torch.Tensor, mask_inputs: bool = False
@@ -175,20 +158,24 @@ class HubertTeacher(nn.Module):
     def transcribe(self, waveforms_BL: torch.Tensor, lengths_B: torch.Tensor) -> list[str]:
         """Greedy CTC: best symbol a frame, repeats and blanks out."""
         if self.vocabulary is None:
-            raise RecipeError(f"teacher {self.name}: has no CTC head; leave out its verification")
+            return super().transcribe(waveforms_BL, lengths_B)
         logits_BTV, frames_B = self.ctc_logits(waveforms_BL, lengths_B)
         best_BT = logits_BTV.argmax(-1)
+        said = [
+            "" if index == self.model.config.pad_token_id or symbol == END_OF_SENTENCE else symbol
+            for index, symbol in enumerate(self.vocabulary)
+        ]
         texts = []
         for best_T, num_frames in zip(best_BT, frames_B):
             symbols = torch.unique_consecutive(best_T[:num_frames]).tolist()
-            text = "".join(self.vocabulary[s] for s in symbols if s != 0)
-            texts.append(" ".join(text.replace("|", " ").split()))
+            texts.append(" ".join("".join(said[s] for s in symbols).replace("|", " ").split()))
         return texts
 
     def save(self, folder: Path) -> None:
         """transformers' own layout: ``from_pretrained`` reads the folder."""
         transformers_logging.disable_progress_bar()
-        self.model.save_pretrained(folder)
+        model = self.model.base_model if self.vocabulary is None else self.model
+        model.save_pretrained(folder)
         settings = {
             "feature_extractor_type": "Wav2Vec2FeatureExtractor",
             "do_normalize": self.do_normalize,
@@ -200,60 +187,83 @@ class HubertTeacher(nn.Module):
             (folder / "vocab.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
-class _Keep:
-    def __init__(self, outputs: dict[int, torch.Tensor], layer: int) -> None:
-        self._outputs, self._layer = outputs, layer
-
-    def __call__(self, module: nn.Module, args, output) -> None:
-        self._outputs[self._layer] = output[0] if isinstance(output, tuple) else output
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("is no table")
-    except ValueError as error:
-        raise RecipeError(f"{path}: cannot be read ({reason_of(error)}); fetch it again") from error
-    return found
-
-
-def load_hubert(folder: Path, name: str) -> HubertTeacher:
+def load_hubert(folder: Path, family: str, name: str) -> HubertTeacher:
     """A teacher from a folder in transformers' layout.
+
+    Args:
+      family: one of FAMILIES.
 
     Raises:
       RecipeError: files are missing, damaged or do not fit each other.
     """
-    config_path = require(folder / "config.json", "give a folder in transformers' layout")
+    model_class = FAMILIES[family]
+    model, report = load_pretrained(model_class, folder)
+    config = model.config
+    has_head = not any(key.startswith("lm_head") for key in report["missing_keys"])
+    # An adapter (of models for translation) comes between the encoder and the head.
+    has_head = has_head and not getattr(config, "add_adapter", False)
+    # A model fine-tuned for CTC has lost the embedding that pre-training masks with.
+    check_weights(folder, report, may_lack=("lm_head", "masked_spec_embed"))
+    vocabulary = _read_vocabulary(folder, config.vocab_size) if has_head else None
+    do_normalize = True
+    preprocessor = folder / "preprocessor_config.json"
+    if preprocessor.exists():
+        do_normalize = read_json(preprocessor).get("do_normalize", True)
+    return HubertTeacher(model, do_normalize, vocabulary, name).eval()
+
+
+def load_pretrained(
+    model_class: type[PreTrainedModel], folder: Path, **options
+) -> tuple[PreTrainedModel, dict]:
+    """``from_pretrained`` in float32 with transformers' report of the keys that it missed.
+
+    Raises:
+      RecipeError: files are missing, damaged or of another size than config.json says.
+    """
     transformers_logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
+    # It lists every key that a folder has for another head.
+    transformers_logging.set_verbosity_error()
     try:
-        config = HubertConfig.from_json_file(config_path)
-        model, report = HubertForCTC.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True
+        config = model_class.config_class.from_json_file(folder / "config.json")
+        return model_class.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True, **options
         )
     except Exception as error:  # transformers, safetensors and torch each raise their own
         raise RecipeError(
             f"{folder}: cannot be loaded ({reason_of(error)}); fetch it again"
         ) from error
-    has_head = not any(key.startswith("lm_head") for key in report["missing_keys"])
-    missing = [key for key in report["missing_keys"] if not key.startswith("lm_head")]
-    # A model fine-tuned for CTC has lost the embedding that pre-training masks with.
-    missing = [key for key in missing if not key.endswith("masked_spec_embed")]
-    if missing:
-        raise RecipeError(f"{folder}: weights lack {missing[0]}; fetch the folder again")
-    vocabulary = None
-    if has_head:
-        path = require(folder / "vocab.json", "a CTC head needs it")
-        table = _read_json(path)
-        if sorted(table.values()) != list(range(config.vocab_size)):
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def check_weights(folder: Path, report: dict, may_lack: tuple[str, ...] = ()) -> None:
+    """
+    Raises:
+      RecipeError: the weights lack something, or hold transformer layers that the model lacks.
+    """
+    for key in sorted(report["missing_keys"]):
+        if not any(part in key for part in may_lack):
+            raise RecipeError(f"{folder}: weights lack {key}; fetch the folder again")
+    for key in sorted(report["unexpected_keys"]):
+        if re.search(r"(^|encoder\.)layers\.\d", key):
             raise RecipeError(
-                f"{path}: its {len(table)} indexes are not 0 to {config.vocab_size - 1}, as the "
-                "CTC head asks for; fetch the folder again"
+                f"{folder}: weights hold {key}, for which config.json has no place; fetch the "
+                "folder again"
             )
-        vocabulary = sorted(table, key=table.get)
-    do_normalize = True
-    preprocessor = folder / "preprocessor_config.json"
-    if preprocessor.exists():
-        do_normalize = _read_json(preprocessor).get("do_normalize", True)
-    teacher = HubertTeacher(model, do_normalize, vocabulary, name)
-    return teacher.eval()
+
+
+def _read_vocabulary(folder: Path, size: int) -> list[str]:
+    """Symbols by index of vocab.json, and of added_tokens.json where there is one."""
+    path = require(folder / "vocab.json", "a CTC head needs it")
+    table = read_json(path)
+    added = folder / "added_tokens.json"
+    if added.exists() and len(table) < size:
+        table |= read_json(added)
+    indexes = [index for index in table.values() if isinstance(index, int)]
+    if len(table) != size or sorted(indexes) != list(range(size)):
+        raise RecipeError(
+            f"{path}: its {len(table)} indexes are not 0 to {size - 1}, as the CTC head asks for; "
+            "fetch the folder again"
+        )
+    return sorted(table, key=table.get)

@@ -1,20 +1,21 @@
 """HuBERT: embeddings, their independence of the batch, files."""
 
 import json
-import shutil
 
 import h5py
-import huggingface_hub
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import HubertForCTC, Wav2Vec2ForCTC, WavLMForCTC
 
+from mvqkd.data.audio import collate_audio
 from mvqkd.errors import RecipeError
 from mvqkd.teachers import load_teacher
 from mvqkd.teachers.ctc import SYMBOLS
 from mvqkd.teachers.embeddings import SampleSettings, sample_embeddings
 from mvqkd.teachers.hubert import HubertTeacher
-from tests.conftest import CPU, tiny_hubert
+from tests.conftest import CPU, ROOT, tiny_hubert
+from tests.teachers.batches import check_independence, waveforms
 
 # HuBERT's own front end; the base model has group norm, the large ones layer norm.
 HUBERT_FRONT_END = {
@@ -23,54 +24,42 @@ HUBERT_FRONT_END = {
     "conv_stride": [5, 2, 2, 2, 2, 2, 2],
     "conv_bias": False,
 }
+GROUP = {**HUBERT_FRONT_END, "feat_extract_norm": "group", "do_stable_layer_norm": False}
+LAYER = {**HUBERT_FRONT_END, "feat_extract_norm": "layer", "do_stable_layer_norm": True}
 KINDS = {
-    "base": {**HUBERT_FRONT_END, "feat_extract_norm": "group", "do_stable_layer_norm": False},
-    "large": {**HUBERT_FRONT_END, "feat_extract_norm": "layer", "do_stable_layer_norm": True},
-    "layer-post": {"feat_extract_norm": "layer", "do_stable_layer_norm": False},
-    "group-stable": {"feat_extract_norm": "group", "do_stable_layer_norm": True},
+    "hubert-base": (HubertForCTC, GROUP),
+    "hubert-large": (HubertForCTC, LAYER),
+    "hubert-layer-post": (HubertForCTC, {**LAYER, "do_stable_layer_norm": False}),
+    "hubert-group-stable": (HubertForCTC, {**GROUP, "do_stable_layer_norm": True}),
+    "wav2vec2-base": (Wav2Vec2ForCTC, GROUP),
+    "wav2vec2-large": (Wav2Vec2ForCTC, LAYER),
+    "wavlm-base": (WavLMForCTC, GROUP),
+    "wavlm-large": (WavLMForCTC, LAYER),
 }
 
 
-@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
+def new_model(kind):
+    model_class, config = KINDS[kind]
+    return tiny_hubert(model_class=model_class, **config)
+
+
+@pytest.fixture(params=KINDS)
 def any_teacher(request):
-    return HubertTeacher(tiny_hubert(**request.param), True).eval()
-
-
-def waveforms(*lengths):
-    generator = torch.Generator().manual_seed(sum(lengths))
-    waves = [torch.randn(n, generator=generator) * 0.1 + 0.05 for n in lengths]
-    return torch.nn.utils.rnn.pad_sequence(waves, batch_first=True), torch.tensor(lengths)
+    return HubertTeacher(new_model(request.param), True).eval()
 
 
 def test_embedding_does_not_depend_on_the_batch(any_teacher):
-    waveforms_BL, lengths_B = waveforms(9000, 400, 16000, 5123)
-    dirty_BL = waveforms_BL.clone()
-    for row, n in zip(dirty_BL, lengths_B):
-        row[n:] = float("nan")  # padding may hold anything
-    order = torch.tensor([2, 0, 3, 1])
-    for layer in (1, 2):
-        alone = [
-            any_teacher.embed(w[None, :n], n[None], layer)[0][0]
-            for w, n in zip(waveforms_BL, lengths_B)
-        ]
-        for batch_BL, chosen in (
-            (waveforms_BL, torch.arange(4)),
-            (dirty_BL[order], order),
-            (F.pad(waveforms_BL[:2], (0, 7777)), torch.arange(2)),
-        ):
-            embeddings_BTD, frames_B = any_teacher.embed(batch_BL, lengths_B[chosen], layer)
-            for x_TD, n, index in zip(embeddings_BTD, frames_B, chosen):
-                assert len(alone[index]) == n
-                torch.testing.assert_close(x_TD[:n], alone[index], atol=1e-4, rtol=0)
+    check_independence(any_teacher, 9000, 400, 16000, 5123)
 
 
 def test_layers_are_those_of_transformers(any_teacher):
     waveforms_1L, lengths_1 = waveforms(8000)
     normalized_1L = waveforms_1L - waveforms_1L.mean()
     normalized_1L = normalized_1L / (normalized_1L.var(unbiased=False) + 1e-7).sqrt()
-    encoder = any_teacher.model.hubert.encoder
+    model = any_teacher.model.base_model
+    encoder = model.encoder
     with torch.no_grad():
-        expected = any_teacher.model.hubert(normalized_1L, output_hidden_states=True)
+        expected = model(normalized_1L, output_hidden_states=True)
         first_1TD, _ = any_teacher.embed(waveforms_1L, lengths_1, 1)
         last_1TD, _ = any_teacher.embed(waveforms_1L, lengths_1, 2)
         torch.testing.assert_close(first_1TD, expected.hidden_states[1], atol=1e-5, rtol=0)
@@ -91,6 +80,47 @@ def test_number_and_place_of_frames(any_teacher):
         frames = (num_samples - 400) // 320 + 1
         assert embeddings_BTD.shape == (1, frames, any_teacher.dim)
         assert frames_B.tolist() == [frames] == [any_teacher.num_frames(num_samples)]
+
+
+def test_long_utterance_goes_through_in_windows(any_teacher, monkeypatch):
+    """The same as whole where the model looks no further than the margin."""
+    waveforms_BL, lengths_B = waveforms(4000, 20000)
+    if any_teacher.model.config.feat_extract_norm == "group":
+        whole = None  # statistics over time are those of the window
+    else:
+        for layer in any_teacher.model.base_model.encoder.layers:
+            monkeypatch.setattr(layer, "attention", NoAttention())
+        whole, _ = any_teacher.embed(waveforms_BL, lengths_B, 2)
+    monkeypatch.setattr(any_teacher, "window_frames", 30)
+    monkeypatch.setattr(any_teacher, "margin_frames", 10)
+    embeddings_BTD, frames_B = any_teacher.embed(waveforms_BL, lengths_B, 2)
+    assert frames_B.tolist() == [any_teacher.num_frames(4000), any_teacher.num_frames(20000)]
+    assert embeddings_BTD.shape == (2, 62, 32) and embeddings_BTD.isfinite().all()
+    if whole is not None:
+        torch.testing.assert_close(embeddings_BTD[1], whole[1], atol=1e-4, rtol=0)
+        torch.testing.assert_close(embeddings_BTD[0, : frames_B[0]], whole[0, : frames_B[0]])
+    alone, _ = any_teacher.embed(waveforms_BL[1:], lengths_B[1:], 2)
+    torch.testing.assert_close(alone[0], embeddings_BTD[1], atol=1e-4, rtol=0)
+
+
+def test_windows_change_little(plain_cuts):
+    teacher = load_teacher(ROOT / "egs/mini/teacher")
+    speech_L = torch.cat([collate_audio([cut]).waveforms_BL[0] for cut in plain_cuts])
+    speech_1L = speech_L.repeat(7)[None, : 80 * 16000]
+    length_1 = torch.tensor([80 * 16000])
+    in_windows_TD = teacher.embed(speech_1L, length_1, 5)[0][0]
+    teacher.window_frames = 4000
+    whole_TD = teacher.embed(speech_1L, length_1, 5)[0][0]
+    assert len(in_windows_TD) == len(whole_TD) == 3999
+    error = (in_windows_TD - whole_TD).square().sum()
+    assert 0 < error < 0.01 * (whole_TD - whole_TD.mean(0)).square().sum()
+
+
+class NoAttention(torch.nn.Module):
+    def forward(self, hidden_states, **kwargs):
+        if "position_bias" in kwargs:  # WavLM hands it on
+            return hidden_states, None, None
+        return hidden_states, None
 
 
 def test_each_utterance_is_normalized_by_itself():
@@ -130,16 +160,55 @@ def test_save_and_load(teacher, tmp_path, half, capfd):
     assert "%" not in capfd.readouterr().err  # progress bars
 
 
-def test_model_without_a_ctc_head(teacher, tmp_path):
-    model = tiny_hubert()
-    model.hubert.save_pretrained(tmp_path)
+@pytest.mark.parametrize("kind", KINDS)
+def test_model_without_a_ctc_head(kind, tmp_path):
+    model = new_model(kind)
+    model.base_model.save_pretrained(tmp_path / "a")
+    (tmp_path / "a/preprocessor_config.json").write_text('{"do_normalize": false}')
+    teacher = HubertTeacher(model, False).eval()
+    teacher.save(tmp_path / "b")
+    expected, _ = teacher.embed(*waveforms(8000), 2)
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        loaded = load_teacher(folder)
+        assert loaded.vocabulary is None and not loaded.do_normalize
+        torch.testing.assert_close(loaded.embed(*waveforms(8000), 2)[0], expected)
+        with pytest.raises(RecipeError, match="has no CTC head"):
+            loaded.transcribe(*waveforms(8000))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folder_as_the_hub_has_it(kind, tmp_path):
+    """Pickled weights with the old names of weight norm, and heads that are not used."""
+    model = new_model(kind)
+    conv = "encoder.pos_conv_embed.conv."
+    old = {"parametrizations.weight.original0": "weight_g"}
+    old["parametrizations.weight.original1"] = "weight_v"
+    weights = {"quantizer.codevectors": torch.zeros(2)}
+    for key, value in model.state_dict().items():
+        for new_name, old_name in old.items():
+            key = key.replace(conv + new_name, conv + old_name)
+        weights[key] = value
+    assert sum(key.endswith(("weight_g", "weight_v")) for key in weights) == 2
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    model.config.pad_token_id = 28
+    model.config.save_pretrained(tmp_path)
+    symbols = [*SYMBOLS[1:], SYMBOLS[0]]  # the blank is where the config says
+    table = {symbol: index for index, symbol in enumerate(symbols)}
+    added = {"</s>": table.pop("Z"), "<pad>": table.pop("<pad>")}
+    (tmp_path / "vocab.json").write_text(json.dumps(table))
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
     loaded = load_teacher(tmp_path)
-    assert loaded.vocabulary is None and loaded.do_normalize
-    torch.testing.assert_close(
-        loaded.embed(*waveforms(8000), 2)[0], teacher.embed(*waveforms(8000), 2)[0]
-    )
-    with pytest.raises(RecipeError, match="has no CTC head"):
-        loaded.transcribe(*waveforms(8000))
+    assert loaded.do_normalize and loaded.vocabulary == [*symbols[:27], "</s>", "<pad>"]
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(loaded.model.state_dict()[key], value)
+    batch = waveforms(8000, 5000)
+    with torch.no_grad():
+        logits_BTV, lengths_B = loaded.ctc_logits(*batch)
+        alone_1TV, _ = loaded.ctc_logits(batch[0][1:, :5000], batch[1][1:])
+    torch.testing.assert_close(logits_BTV[1:, : lengths_B[1]], alone_1TV, atol=1e-4, rtol=0)
+    for text, logits_TV in zip(loaded.transcribe(*batch), logits_BTV):
+        best = logits_TV.argmax(-1).unique_consecutive().tolist()
+        assert not {"<", "Z", ">"} & set(text) and len(text) <= len(best)
 
 
 def _no_weights(folder):
@@ -161,11 +230,18 @@ def _set_config(**values):
 
 DAMAGES = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
-    "broken config": (lambda f: (f / "config.json").write_text("{"), "cannot be loaded"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
     "no weights": (_no_weights, "cannot be loaded"),
     "truncated": (_truncated, "cannot be loaded"),
     "other sizes": (_set_config(intermediate_size=40), "cannot be loaded"),
     "more layers": (_set_config(num_hidden_layers=3), "weights lack"),
+    "fewer layers": (_set_config(num_hidden_layers=1), "config.json has no place"),
+    "another kind": (_set_config(model_type="bert"), "model_type bert is no teacher"),
+    "no kind": (_set_config(model_type=None), "model_type None is no teacher"),
+    "many languages": (
+        lambda f: (f / "vocab.json").write_text('{"eng": {"a": 0}}'),
+        "vocab.json: its 1 indexes",
+    ),
     "no vocabulary": (lambda f: (f / "vocab.json").unlink(), "vocab.json: no such file"),
     "broken vocabulary": (lambda f: (f / "vocab.json").write_text("["), "vocab.json: "),
     "other vocabulary": (lambda f: (f / "vocab.json").write_text('{"a": 0}'), "vocab.json: "),
@@ -189,24 +265,6 @@ def test_folder_that_cannot_be_loaded(teacher, tmp_path, damage, cause):
 def test_empty_folder(tmp_path):
     with pytest.raises(RecipeError, match=r"config\.json: no such file"):
         load_teacher(tmp_path)
-
-
-def test_hub_name(teacher, tmp_path, monkeypatch):
-    def refuse(name, **kwargs):
-        raise ConnectionError("offline\nand so on")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(RecipeError, match="teacher no/such: no such folder, and the hub") as caught:
-        load_teacher("no/such")
-    assert "\n" not in str(caught.value)
-
-    def give(name, **kwargs):
-        teacher.save(tmp_path / "snapshot")
-        return str(tmp_path / "snapshot")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", give)
-    assert load_teacher("some/hubert").name == "some/hubert"
-    shutil.rmtree(tmp_path / "snapshot")
 
 
 def test_transcribe_takes_out_repeats_and_blanks(teacher, monkeypatch):

@@ -1,0 +1,171 @@
+"""What every teacher is: waveforms in, the frames of one layer out, each utterance by itself.
+
+B: utterances, L: samples, T: frames (`T_teacher`), D: dimension.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mvqkd.errors import RecipeError, reason_of
+
+SAMPLE_RATE = 16000
+
+
+class Teacher(nn.Module):
+    """A model that gives one embedding a frame.
+
+    An utterance's embedding does not depend on what else is in its batch. One that is longer
+    than ``window_frames`` is embedded in windows of that length, of whose frames the outer
+    ``margin_frames`` are left to the neighbouring window. For the shipped teacher that changes
+    embeddings of 100 s of speech by less than 1% of their variance.
+    """
+
+    name: str
+    # Symbols by CTC index, "|" parts words. None: no CTC head.
+    vocabulary: list[str] | None = None
+    # Of the transformer's output: D, and how many layers there are.
+    dim: int
+    num_layers: int
+    # Samples from one frame to the next, and samples that lie inside the audio for each frame.
+    stride: int
+    receptive_field: int
+    window_frames: int
+    margin_frames = 250
+
+    @property
+    def frame_shift(self) -> float:
+        """Seconds."""
+        return self.stride / SAMPLE_RATE
+
+    @property
+    def frame_offset(self) -> float:
+        """Seconds from the start of the audio to the centre of frame 0."""
+        return self.receptive_field / 2 / SAMPLE_RATE
+
+    def num_frames(self, num_samples: int) -> int:
+        """`T_teacher`: frames whose receptive field lies wholly inside the audio."""
+        return max(0, (num_samples - self.receptive_field) // self.stride + 1)
+
+    def _prepared(self, waveforms_BL: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+        """What is done to whole utterances; padding is 0 afterwards."""
+        inside_BL = torch.arange(waveforms_BL.shape[1], device=waveforms_BL.device)
+        return waveforms_BL.masked_fill(inside_BL[None] >= lengths_B[:, None], 0)
+
+    def _layer(
+        self, prepared_BL: torch.Tensor, lengths_B: torch.Tensor, layer: int
+    ) -> torch.Tensor:
+        """Output (B, T, D) of ``layer`` for utterances of at most ``window_frames``."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def embed(
+        self, waveforms_BL: torch.Tensor, lengths_B: torch.Tensor, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output of ``layer``, before any final layer norm. Layers above it are not run.
+
+        Args:
+          waveforms_BL: 16 kHz, in [-1, 1], padded with anything.
+          lengths_B: samples.
+          layer: from 1.
+
+        Returns:
+          (embeddings_BTD, lengths_B in frames); what lies past a length is undefined.
+
+        Raises:
+          RecipeError: no such layer, or an utterance too short for one frame.
+        """
+        self.check_layer(layer)
+        frames = [self.num_frames(int(n)) for n in lengths_B]
+        if min(frames) < 1:
+            raise RecipeError(
+                f"teacher {self.name}: an utterance of {int(lengths_B.min())} samples is shorter "
+                f"than one frame ({self.receptive_field}); remove it"
+            )
+        prepared_BL = self._prepared(waveforms_BL, lengths_B)
+        if max(frames) <= self.window_frames:
+            embeddings_BTD = self._layer(prepared_BL, lengths_B, layer)
+        else:
+            embeddings_BTD = nn.utils.rnn.pad_sequence(
+                [self._in_windows(x_L[:n], layer) for x_L, n in zip(prepared_BL, lengths_B)],
+                batch_first=True,
+            )
+        return embeddings_BTD, torch.tensor(frames, device=embeddings_BTD.device)
+
+    def check_layer(self, layer: int) -> None:
+        """
+        Raises:
+          RecipeError: there is no such layer.
+        """
+        if not 1 <= layer <= self.num_layers:
+            raise RecipeError(f"teacher {self.name}: layer {layer} is not in 1..{self.num_layers}")
+
+    def _in_windows(self, prepared_L: torch.Tensor, layer: int) -> torch.Tensor:
+        """Output (T, D) of ``layer``, a window after the other."""
+        num_frames, pieces, first = self.num_frames(len(prepared_L)), [], 0
+        window_samples = (self.window_frames - 1) * self.stride + self.receptive_field
+        while True:
+            samples_L = prepared_L[first * self.stride :][:window_samples]
+            length_1 = torch.tensor([len(samples_L)], device=samples_L.device)
+            frames_TD = self._layer(samples_L[None], length_1, layer)[0]
+            frames_TD = frames_TD[: self.num_frames(len(samples_L))]
+            is_last = first + self.window_frames >= num_frames
+            pieces.append(
+                frames_TD[
+                    self.margin_frames if first else 0 : None if is_last else -self.margin_frames
+                ]
+            )
+            if is_last:
+                return torch.cat(pieces)
+            first += self.window_frames - 2 * self.margin_frames
+
+    def transcribe(self, waveforms_BL: torch.Tensor, lengths_B: torch.Tensor) -> list[str]:
+        """What a CTC head reads.
+
+        Raises:
+          RecipeError: there is none.
+        """
+        raise RecipeError(f"teacher {self.name}: has no CTC head; leave out its verification")
+
+
+@contextlib.contextmanager
+def kept_layers(encoder: nn.Module, layers: list[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Within, ``encoder`` ends at the highest of ``layers`` (from 1) and the outputs of those
+    that are run gather in the table that this gives; all of it is run where none is named."""
+    all_layers, outputs = encoder.layers, {}
+
+    def keep(layer: int):
+        def hook(module: nn.Module, args, output) -> None:
+            outputs[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    hooks = [all_layers[layer - 1].register_forward_hook(keep(layer)) for layer in layers]
+    try:
+        if layers:
+            encoder.layers = all_layers[: max(layers)]
+        yield outputs
+    finally:
+        encoder.layers = all_layers
+        for hook in hooks:
+            hook.remove()
+
+
+def read_json(path: Path) -> dict:
+    """
+    Raises:
+      RecipeError: ``path`` cannot be read, or holds no table.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("is no table")
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path}: cannot be read ({reason_of(error)}); fetch it again") from error
+    return found
