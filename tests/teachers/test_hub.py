@@ -1,0 +1,241 @@
+"""Teachers by name, from a hub on this machine that cuts, lies and is silent."""
+
+import hashlib
+import json
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from huggingface_hub import constants, snapshot_download
+from transformers import HubertForCTC
+
+from mvqkd.errors import RecipeError
+from mvqkd.teachers import hub, load_teacher
+from mvqkd.teachers.ctc import SYMBOLS
+from mvqkd.teachers.hubert import HubertTeacher
+from tests.conftest import tiny_hubert
+from tests.teachers.batches import waveforms
+
+COMMIT, NEWER = "1234567890abcdef" * 2 + "01234567", "f" * 40
+LARGE = (".safetensors", ".bin")
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves one model, ``lab/teacher``, at two commits; the attributes say how badly."""
+
+    daemon_threads = True
+
+    def __init__(self, files):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = files
+        self.cut = None  # the name of a file whose answers break off half-way
+        self.spoilt = None  # the name of a file that comes with another byte
+        self.released = threading.Event()  # unless set, it accepts and says nothing
+        self.released.set()
+        self.seen = []
+
+    def sibling(self, name):
+        data = self.files[name]
+        git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        found = {"rfilename": name, "size": len(data), "blobId": git}
+        if name.endswith(LARGE):
+            digest = hashlib.sha256(data).hexdigest()
+            found["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 130}
+        return found
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        server, path = self.server, self.path.split("?")[0]
+        server.released.wait()
+        server.seen.append((path, self.headers.get("Range")))
+        if path.startswith("/api/models/"):
+            self.model(*path.removeprefix("/api/models/").partition("/revision/")[::2])
+        else:
+            self.file(path.rpartition("/")[2])
+
+    def error(self, code):
+        self.send_response(404)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def model(self, name, revision):
+        if name != "lab/teacher":
+            return self.error("RepoNotFound")
+        if revision not in ("", "main", COMMIT, NEWER):
+            return self.error("RevisionNotFound")
+        siblings = [self.server.sibling(name) for name in self.server.files]
+        sha = COMMIT if revision == COMMIT else NEWER
+        body = json.dumps({"id": name, "sha": sha, "siblings": siblings}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def file(self, name):
+        server, data = self.server, self.server.files[name]
+        if name == server.spoilt:
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        wanted = self.headers.get("Range")
+        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
+        self.send_response(206 if wanted else 200)
+        self.send_header("ETag", f'"{name}"')
+        self.send_header("Content-Length", str(len(data) - start))
+        if wanted:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.end_headers()
+        body = data[start:]
+        self.wfile.write(body[: len(body) // 2] if name == server.cut else body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    HubertTeacher(tiny_hubert(), False, list(SYMBOLS)).save(folder)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for unused in ("README.md", "tf_model.h5", "model.fp32.safetensors", "pytorch_model.bin"):
+        files[unused] = b"not needed"
+    return files
+
+
+@pytest.fixture
+def server(files, tmp_path, monkeypatch):
+    with Hub(dict(files)) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("mvqkd.data.download.time.sleep", lambda seconds: None)
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def asked(server):
+    paths = [path.rpartition("/")[2] for path, _ in server.seen]
+    server.seen.clear()
+    return paths
+
+
+def test_pinned_revision(server, files):
+    teacher = load_teacher("lab/teacher", COMMIT)
+    assert teacher.name == "lab/teacher" and teacher.vocabulary == SYMBOLS
+    expected = HubertTeacher(tiny_hubert(), False).eval()
+    batch = waveforms(8000)
+    torch.testing.assert_close(teacher.embed(*batch, 2)[0], expected.embed(*batch, 2)[0])
+    resolved = {path for path, _ in server.seen if "/resolve/" in path}
+    assert resolved == {f"/lab/teacher/resolve/{COMMIT}/{name}" for name in wanted(files)}
+    asked(server)
+    # What is there is taken without the network.
+    assert load_teacher("lab/teacher", COMMIT).dim == 32 and asked(server) == []
+
+
+def wanted(files):
+    return {name for name in files if name in (*hub.SETTINGS, "model.safetensors")}
+
+
+def test_newest_revision(server, files):
+    folder = hub.fetch("lab/teacher")
+    assert folder.name == NEWER and {path.name for path in folder.iterdir()} == wanted(files)
+    assert asked(server)[0] == "teacher"
+    assert hub.fetch("lab/teacher") == folder and asked(server) == ["teacher"]
+    # The hub's own tools find it there.
+    assert snapshot_download("lab/teacher", local_files_only=True) == str(folder)
+    assert asked(server) == []
+
+
+def test_weights_in_several_files(server, files):
+    del server.files["model.safetensors"]
+    parts = {"model-00001-of-00002.safetensors": b"one", "model-00002-of-00002.safetensors": b"two"}
+    index = {"weight_map": dict(zip("ab", parts))}
+    server.files |= {**parts, "model.safetensors.index.json": json.dumps(index).encode()}
+    folder = hub.fetch("lab/teacher", COMMIT)
+    names = {path.name for path in folder.iterdir()}
+    assert names > {*parts, "model.safetensors.index.json"} and "pytorch_model.bin" not in names
+    asked(server)
+    assert hub.fetch("lab/teacher", COMMIT) == folder and asked(server) == []
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    hub.fetch("lab/teacher", COMMIT)
+    assert asked(server) == [COMMIT, "model-00002-of-00002.safetensors"]
+
+
+def test_goes_on_where_it_was_cut(server):
+    server.cut = "model.safetensors"
+    size = len(server.files["model.safetensors"])
+    server.files["model.safetensors"] += b"."  # never there by halves
+    with pytest.raises(RecipeError, match="the connection was cut"):
+        hub.fetch("lab/teacher", COMMIT)
+    ranges = [wanted for path, wanted in server.seen if path.endswith("model.safetensors")]
+    furthest = int(ranges[-1].removeprefix("bytes=").removesuffix("-"))
+    assert furthest > size // 2
+    asked(server)
+    server.cut = None
+    folder = hub.fetch("lab/teacher", COMMIT)
+    (again,) = [wanted for path, wanted in server.seen if path.endswith("model.safetensors")]
+    assert int(again.removeprefix("bytes=").removesuffix("-")) >= furthest
+    assert (folder / "model.safetensors").read_bytes() == server.files["model.safetensors"]
+
+
+@pytest.mark.parametrize("name, cause", [("model.safetensors", "SHA-256"), ("vocab.json", "git")])
+def test_file_that_is_not_what_the_hub_says(server, name, cause):
+    server.spoilt = name
+    with pytest.raises(RecipeError, match=rf"{name}: its {cause}") as caught:
+        hub.fetch("lab/teacher", COMMIT)
+    assert "\n" not in str(caught.value)
+    server.spoilt = None
+    folder = hub.fetch("lab/teacher", COMMIT)
+    assert (folder / name).read_bytes() == server.files[name]
+
+
+@pytest.mark.parametrize(
+    "name, revision, cause",
+    [
+        ("lab/nothing", None, "no model of that name on the hub"),
+        ("some/folder/of mine", None, "no such folder or file, and no model of that name"),
+        ("lab/teacher", "0" * 40, f"the hub has no revision {'0' * 40} of it"),
+    ],
+)
+def test_what_the_hub_does_not_have(server, name, revision, cause):
+    with pytest.raises(RecipeError, match=f"^teacher {name}: .*{cause}") as caught:
+        load_teacher(name, revision)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_weights(server):
+    for name in [name for name in server.files if name.endswith(LARGE)]:
+        del server.files[name]
+    with pytest.raises(RecipeError, match="teacher lab/teacher: the hub's model has no"):
+        hub.fetch("lab/teacher")
+
+
+def test_hub_that_cannot_be_reached(server, monkeypatch):
+    folder = hub.fetch("lab/teacher", COMMIT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # nobody listens
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+        cause = "the hub http://127.0.0.1.* cannot be reached .* and give the folder"
+        for revision in (None, NEWER):
+            with pytest.raises(RecipeError, match=f"^teacher lab/teacher: .*{cause}") as caught:
+                load_teacher("lab/teacher", revision)
+            assert "\n" not in str(caught.value)
+        assert hub.fetch("lab/teacher", COMMIT) == folder
+        # A folder needs no hub.
+        assert isinstance(load_teacher(folder).model, HubertForCTC)
+
+
+def test_hub_that_is_silent(server, monkeypatch):
+    monkeypatch.setattr(hub, "TIMEOUT", 0.1)
+    server.released.clear()
+    with pytest.raises(RecipeError, match=r"teacher lab/teacher: .* cannot be reached .*Timeout"):
+        load_teacher("lab/teacher", COMMIT)
+    server.released.set()
