@@ -13,8 +13,8 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 
 
 def load_teacher(name_or_path: str | Path, revision: str | None = None) -> Teacher:
-    """The teacher in a local folder (transformers' layout), or by its name on the hub, there at
-    ``revision``.
+    """The teacher in a local folder (transformers' layout) or file (fairseq's checkpoint of a
+    HuBERT), or by its name on the hub, there at ``revision``.
 
     Returns an object with ``dim``, ``num_layers``, ``frame_shift``, ``frame_offset``,
     ``num_frames(num_samples)``, ``embed(waveforms_BL, lengths_B, layer) -> (embeddings_BTD,
@@ -25,10 +25,13 @@ def load_teacher(name_or_path: str | Path, revision: str | None = None) -> Teach
       RecipeError: there is no such folder or name, or it cannot be loaded.
     """
     from mvqkd.teachers.base import read_json
+    from mvqkd.teachers.fairseq import load_fairseq
     from mvqkd.teachers.hubert import FAMILIES, load_hubert
     from mvqkd.teachers.whisper import load_whisper
 
     path, name = find_teacher(name_or_path, revision), str(name_or_path)
+    if path.is_file():
+        return load_fairseq(path, name)
     config_path = require(path / "config.json", "give a folder in transformers' layout")
     family = read_json(config_path).get("model_type")
     if family == "whisper":
