@@ -26,6 +26,8 @@ size=""              # of corpus mini: smoke, small (the default) or full
 split=""             # of corpus digits: take (the default) or speaker
 dl_dir=""            # a copy of what would be downloaded
 device=auto          # auto|cpu|cuda: where to run
+teacher=""           # a file of conf/teacher/, without .yaml; the recipe's where empty
+teacher_dir=""       # its folder or fairseq checkpoint, instead of what that file names
 train_teacher=false  # train the embedded teacher anew instead of taking the shipped one
 labels=mvq           # name of the set of labels that is dumped and learned from
 students=""          # which of the recipe's students; all where empty
@@ -34,6 +36,10 @@ num_jobs=2           # students that are trained at once on the CPU, threads sha
 # end of options
 
 . local/parse_options.sh
+if [[ $train_teacher == true && -n $teacher$teacher_dir ]]; then
+    echo "$0: --train-teacher makes the embedded teacher; leave out --teacher and --teacher-dir" >&2
+    exit 1
+fi
 . local/recipe.sh
 . ./path.sh
 . local/steps.sh
@@ -67,10 +73,24 @@ for student in "${student_names[@]}"; do
     fi
 done
 
+# One that is made here is the embedded one.
+[[ $train_teacher == false ]] || teacher=""
+teacher_conf=teacher/${teacher:-mini}
+if [[ ! -f conf/$teacher_conf.yaml ]]; then
+    known_teachers=$(cd conf/teacher && echo *.yaml)
+    echo "$0: --teacher $teacher: not in conf/teacher; it has: ${known_teachers//.yaml/}" >&2
+    exit 1
+fi
+if [[ -z $teacher && -n $teacher_dir ]]; then
+    echo "$0: --teacher-dir $teacher_dir: say with --teacher which of conf/teacher it is" >&2
+    exit 1
+fi
+
 # What made the results: the options that change them.
 invocation() {
     echo "./run.sh --corpus $corpus${size:+ --size $size}${split:+ --split $split}" \
-        "--labels $labels${students:+ --students \"$students\"} --train-teacher $train_teacher"
+        "${teacher:+--teacher $teacher }${teacher_dir:+--teacher-dir $teacher_dir }--labels $labels" \
+        "${students:+--students \"$students\" }--train-teacher $train_teacher"
 }
 
 manifests() {
@@ -88,7 +108,7 @@ fi
 
 manifest_kind=manifests
 if on 1; then
-    if [[ $train_teacher == true || -z $teacher ]]; then
+    if [[ -z $teacher ]]; then
         # shellcheck disable=SC2046,SC2086
         step teacher "manifests" "$exp/teacher $exp/teacher-training" \
             python3 local/train_teacher.py $(conf teacher-training) \
@@ -97,8 +117,11 @@ if on 1; then
             --dev_manifests "$(manifests $dev_parts)" \
             --work_dir "$exp/teacher-training" --out_dir "$exp/teacher" --device "$device"
     else
-        step teacher "" "$exp/teacher" python3 local/get_teacher.py --teacher "$teacher" \
-            --out_dir "$exp/teacher"
+        # Named to the step, which then knows when a folder or file has changed.
+        named=$(sed -n 's/^teacher: *//p' "conf/$teacher_conf.yaml")
+        # shellcheck disable=SC2046
+        step teacher "" "$exp/teacher" python3 local/get_teacher.py $(conf "$teacher_conf") \
+            --teacher "${teacher_dir:-$named}" --out_dir "$exp/teacher"
     fi
 fi
 if on 2; then
@@ -113,7 +136,7 @@ quantizer=$exp/quantizer/$labels/quantizer.pt
 if on 3; then
     # shellcheck disable=SC2046
     step "embeddings-$labels" "teacher features" "$exp/quantizer/$labels/embeddings.h5" \
-        python3 local/sample_embeddings.py $(conf teacher sample) --teacher "$exp/teacher" \
+        python3 local/sample_embeddings.py $(conf "$teacher_conf" sample) --teacher "$exp/teacher" \
         --train_manifest "$data/fbank/train.jsonl.gz" \
         --out "$exp/quantizer/$labels/embeddings.h5" --device "$device"
 fi

@@ -1,7 +1,8 @@
-"""Get a teacher by name from the hub, or copy the one in a folder, and load it once."""
+"""Get a teacher by name from the hub, or from a folder or file, and load it once."""
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from dataclasses import dataclass
@@ -14,16 +15,31 @@ from mvqkd.teachers import find_teacher, load_teacher
 
 @dataclass
 class Settings:
-    """Which teacher, and where to put it."""
+    """Which teacher, and where to put it, in transformers' layout."""
 
+    # A folder in transformers' layout, a checkpoint of fairseq's HuBERT, or a name of the hub.
     teacher: str
     out_dir: Path
+    # Of a name of the hub: a commit. None: the newest.
+    revision: str | None = None
+    # The layer whose output is distilled, from 1; used by the stages after this one.
+    layer: int = 1
 
 
 def main(settings: Settings) -> None:
+    found = find_teacher(settings.teacher, settings.revision)
     with written_aside(settings.out_dir) as aside:
-        shutil.copytree(find_teacher(settings.teacher), aside)
-        teacher = load_teacher(str(aside))
+        if found.is_dir():
+            shutil.copytree(found, aside)
+            teacher = load_teacher(aside)
+        else:
+            teacher = load_teacher(found)
+            teacher.save(aside)
+        teacher.name = settings.teacher
+        teacher.check_layer(settings.layer)
+        if not Path(settings.teacher).exists():
+            origin = {"teacher": settings.teacher, "revision": found.name}
+            (aside / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
     logging.info(
         f"{settings.teacher}: {teacher.num_layers} layers of {teacher.dim}, "
         f"{1000 * teacher.frame_shift:g} ms a frame"

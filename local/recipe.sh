@@ -13,3 +13,4 @@ exp=exp/$name
 stamps=$exp/stamps
 # A relative path is meant from where the user called.
 [[ -z $dl_dir || $dl_dir == /* ]] || dl_dir=$caller/$dl_dir
+[[ -z ${teacher_dir:-} || $teacher_dir == /* ]] || teacher_dir=$caller/$teacher_dir

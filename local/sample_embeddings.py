@@ -20,13 +20,15 @@ class Settings:
     layer: int
     train_manifest: Path
     out: Path
+    # Of a teacher by name: a commit. None: the newest.
+    revision: str | None = None
     device: str = "auto"
     sample: SampleSettings = field(default_factory=SampleSettings)
 
 
 def main(settings: Settings) -> None:
     device = pick_device(settings.device)
-    teacher = load_teacher(settings.teacher).to(device)
+    teacher = load_teacher(settings.teacher, settings.revision).to(device)
     cuts = read_cuts(settings.train_manifest)
     sample_embeddings(cuts, teacher, settings.layer, settings.out, settings.sample, device)
 

@@ -62,7 +62,7 @@ _step_hash() {
                 --teacher | --init)
                     echo "$word"
                     # One that an earlier step made is known by that step's stamp.
-                    [[ $word == "$exp"/* || ! -d $word ]] || _folder_state "$word"
+                    [[ $word == "$exp"/* || ! -e $word ]] || _state_of "$word"
                     ;;
                 *) echo "$word" ;;
             esac
@@ -89,10 +89,13 @@ attended() {
 }
 
 # Small files by their bytes; large ones, which would take seconds, by size and time.
-_folder_state() (
-    cd "$1" || return
-    find . -type f -size -64M -exec sha256sum {} + | sort
-    find . -type f -size +63M -printf '%P %s %T@\n' | sort
+_state_of() (
+    if [[ -d $1 ]]; then
+        cd "$1" || return
+        set -- .
+    fi
+    find -H "$1" -type f -size -64M -exec sha256sum {} + | sort
+    find -H "$1" -type f -size +63M -printf '%P %s %T@\n' | sort
 )
 
 _put_aside() {

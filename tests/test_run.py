@@ -15,6 +15,7 @@ from lhotse import CutSet
 
 from mvqkd.quantizer import load_quantizer, save_quantizer
 from tests.recipe_copy import (
+    ROOT,
     begun_steps,
     copy_checkout,
     copy_run,
@@ -215,6 +216,23 @@ def test_without_train_teacher_the_shipped_one_is_taken(tmp_path):
         assert (taken / path.name).read_bytes() == path.read_bytes()
 
 
+def test_teacher_from_a_checkpoint_of_fairseq(tmp_path):
+    folder = copy_checkout(tmp_path / "recipe")
+    (tmp_path / "teacher.pt").symlink_to(ROOT / "tests/golden/fairseq/hubert_base_tiny.pt")
+    (folder / "conf/teacher/tiny.yaml").write_text("teacher: nowhere\nlayer: 2\n")
+    options = ("--teacher", "tiny", "--teacher-dir", "../teacher.pt", "--size", "smoke")
+    options += ("--stage", "1", "--stop-stage", "1")
+    done = run_sh(folder, *options)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((folder / "exp/mini-smoke/teacher/config.json").read_text())
+    assert (config["model_type"], config["num_hidden_layers"]) == ("hubert", 3)
+    assert begun_steps(run_sh(folder, *options)) == []
+    # Another file of that name.
+    (tmp_path / "teacher.pt").unlink()
+    shutil.copy(ROOT / "tests/golden/fairseq/hubert_large_tiny.pt", tmp_path / "teacher.pt")
+    assert begun_steps(run_sh(folder, *options)) == ["teacher"]
+
+
 def test_help(finished):
     done = run_sh(finished[0], "--help")
     assert done.returncode == 0 and done.stderr == ""
@@ -229,6 +247,9 @@ def test_help(finished):
         (("--corpus", "nope"), "--corpus nope: not known; give one of: digits "),
         (("--size", "huge"), "--size huge: not known; give smoke, small or full"),
         (("--corpus", "digits", "--split", "odd"), "--split odd: not known"),
+        (("--teacher", "nope"), "--teacher nope: not in conf/teacher; it has: hubert-base-ls960 "),
+        ((*ARGS, "--teacher", "wavlm-large"), "leave out --teacher and --teacher-dir"),
+        (("--corpus", "digits", "--teacher-dir", "x"), "/x: say with --teacher which"),
         ((*ARGS, "--students", "none nope"), "--students nope: not in"),
         ((*ARGS, "--num-jobs", "0"), "give at least 1"),
         ((*ARGS, "--device", "tpu"), "'tpu' is none of auto, cpu, cuda"),

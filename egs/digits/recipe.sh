@@ -12,6 +12,5 @@ train_parts="train-clean-100"
 pool_parts=""
 dev_parts="dev-clean"
 test_parts="test-clean"
-# The embedded corpus's teacher, trained on: always made here.
-teacher=""
+# The embedded corpus's teacher, trained on, is made here unless --teacher names another.
 teacher_init=egs/mini/teacher

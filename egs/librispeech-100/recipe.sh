@@ -6,5 +6,5 @@ train_parts="train-clean-100"
 pool_parts=""
 dev_parts="dev-clean dev-other"
 test_parts="test-clean test-other"
-teacher=facebook/hubert-xlarge-ls960-ft
+teacher=${teacher:-hubert-xlarge-ls960-ft}
 teacher_init=""

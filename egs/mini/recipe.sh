@@ -13,5 +13,5 @@ pool_parts="train-clean-360 train-other-500"
 dev_parts="dev-clean dev-other"
 test_parts="test-clean test-other"
 # Made by `--train-teacher true --size full`; its origin.json says how.
-teacher=egs/mini/teacher
+teacher=${teacher:-mini}
 teacher_init=""
