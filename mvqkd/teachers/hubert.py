@@ -100,7 +100,7 @@ class HubertTeacher(Teacher):
         extractor = self.model.base_model.feature_extractor
         if self.model.config.feat_extract_norm != "group":
             return extractor(waveforms_BL).transpose(1, 2)
-        # Group norm takes its statistics over time, so each utterance goes alone.
+        # Group norm takes its statistics over time, so each utterance (or window) goes alone.
         features = [extractor(w_L[None, :n])[0].T for w_L, n in zip(waveforms_BL, lengths_B)]
         return nn.utils.rnn.pad_sequence(features, batch_first=True)
 

@@ -171,6 +171,17 @@ def test_files_of_a_folder_count(shell, tmp_path):
     assert shell(step)[1] == []
 
 
+def test_bytes_of_a_file_count(shell, tmp_path):
+    (tmp_path / "real").write_text("1")
+    (tmp_path / "checkpoint.pt").symlink_to("real")
+    step = 'step one "" out/one work one out/one --teacher checkpoint.pt'
+    shell(step)
+    assert shell(step)[1] == []
+    (tmp_path / "real").write_text("2")
+    assert shell(step)[1] == ["one"]
+    assert shell(step)[1] == []
+
+
 def test_second_run_waits_for_the_first(shell, tmp_path):
     step = 'step one "" out/one slow\n'
     slow = f"slow() {{ echo >{tmp_path}/at; read <{tmp_path}/go; work one out/one; }}\n"
