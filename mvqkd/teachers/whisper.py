@@ -27,8 +27,8 @@ from mvqkd.teachers.hubert import check_weights, load_pretrained
 class WhisperTeacher(Teacher):
     """The encoder of a Whisper; utterances of more than 30 seconds go through it in windows."""
 
-    # A mel frame is centred on the first sample of its hop, and so is the first of the two that
-    # the second convolution joins.
+    # A mel frame is centred on the first sample of its hop, and an output of the second
+    # convolution on the first of its two mel frames.
     frame_offset = 0.0
 
     def __init__(
