@@ -35,6 +35,8 @@ class Settings:
     # The layer whose output is distilled; used by the stages after this one.
     layer: int = 1
     mask_inputs: bool = True
+    # Each epoch has each utterance at one of these, at random.
+    speed_factors: list[float] = field(default_factory=lambda: [1.0])
     max_duration: float = 100
     hubert: HubertSettings = field(default_factory=HubertSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
@@ -53,6 +55,7 @@ def main(settings: Settings) -> None:
         seed,
         device,
         settings.mask_inputs,
+        settings.speed_factors,
     )
     train(task, settings.training, settings.work_dir, device)
     last = load_checkpoint(settings.work_dir / f"epoch-{settings.training.num_epochs}.pt")

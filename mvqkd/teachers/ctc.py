@@ -5,7 +5,7 @@ B: utterances, T: frames, V: symbols.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,7 @@ def new_hubert(settings: HubertSettings, seed: int) -> HubertTeacher:
 
 
 class CtcTask:
-    """Fine-tune ``teacher`` on ``train_cuts``."""
+    """Fine-tune ``teacher`` on ``train_cuts``, each epoch at speeds drawn anew."""
 
     def __init__(
         self,
@@ -58,20 +58,31 @@ class CtcTask:
         seed: int,
         device: torch.device,
         mask_inputs: bool,
+        speed_factors: Sequence[float] = (1.0,),
     ) -> None:
         self.model = teacher
         self.epoch_seconds = sum(c.duration for c in train_cuts)
         self._cuts, self._dev_cuts = train_cuts, dev_cuts
         self._max_duration, self._seed, self._device = max_duration, seed, device
-        self._mask_inputs = mask_inputs
+        self._mask_inputs, self._speed_factors = mask_inputs, speed_factors
         self._symbol_ids = {symbol: index for index, symbol in enumerate(teacher.vocabulary)}
         self._cache: dict[str, np.ndarray] = {}
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[AudioBatch, float]]:
-        batches = bucketed_batches(self._cuts, self._max_duration, self._seed, epoch)
+        cuts = self._at_speeds(epoch)
+        batches = bucketed_batches(cuts, self._max_duration, self._seed, epoch)
         for index, cuts in enumerate(batches):
             if index >= start:
                 yield collate_audio(cuts, self._cache), sum(c.duration for c in cuts)
+
+    def _at_speeds(self, epoch: int) -> CutSet:
+        """Each utterance at one of the speeds, which moves its pitch and formants too."""
+        rng = np.random.default_rng([self._seed, epoch])
+        factors = rng.choice(self._speed_factors, len(self._cuts))
+        return CutSet.from_cuts(
+            cut if factor == 1 else cut.perturb_speed(factor)
+            for cut, factor in zip(self._cuts, factors.tolist())
+        )
 
     def _targets(self, batch: AudioBatch) -> list[list[int]]:
         targets = []

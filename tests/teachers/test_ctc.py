@@ -25,10 +25,10 @@ def settings(**changes):
 
 @pytest.fixture
 def make_task(plain_cuts):
-    def make(cuts=None, mask_inputs=False, **changes):
+    def make(cuts=None, mask_inputs=False, speed_factors=(1.0,), **changes):
         cuts = CutSet.from_cuts(list(plain_cuts)[:3]) if cuts is None else cuts
         teacher = new_hubert(settings(**changes), seed=3)
-        return CtcTask(teacher, cuts, {"dev": cuts}, 20, 1, CPU, mask_inputs)
+        return CtcTask(teacher, cuts, {"dev": cuts}, 20, 1, CPU, mask_inputs, speed_factors)
 
     return make
 
@@ -62,6 +62,26 @@ def test_loss_is_that_of_each_utterance_alone(make_task, plain_cuts):
     alone = [task.loss(collate_audio(CutSet.from_cuts([c])), 0, 1.0)[1] for c in cuts]
     assert figures["ctc"] == pytest.approx(sum(f["ctc"] for f in alone), rel=1e-4)
     assert whole.item() == pytest.approx(figures["ctc"] / figures["weight"])
+
+
+def test_each_epoch_draws_speeds_anew(make_task, plain_cuts):
+    cuts = CutSet.from_cuts(list(plain_cuts)[:8])
+    task = make_task(cuts, speed_factors=(0.8, 1.0, 1.25))
+    originals = {cut.id: cut for cut in cuts}
+
+    def drawn(epoch):
+        found = {}
+        for batch, _ in task.batches(epoch, start=0):
+            for name, length, text in zip(batch.ids, batch.lengths_B.tolist(), batch.texts):
+                original = originals[name.partition("_sp")[0]]
+                assert text == original.supervisions[0].text
+                found[original.id] = round(original.num_samples / length, 2)
+        return found
+
+    first, second = drawn(1), drawn(2)
+    assert first == drawn(1) != second
+    assert first.keys() == originals.keys()
+    assert {*first.values(), *second.values()} == {0.8, 1.0, 1.25}
 
 
 def test_mask_hides_frames_in_training_only(make_task, plain_cuts):
