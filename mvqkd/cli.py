@@ -104,8 +104,9 @@ def run(main: Callable[[T], None], settings_class: type[T]) -> None:
             raise
         message = f"{sys.argv[0]}: {error}"
         if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            record = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
             with open(error_file, "w") as file:
-                json.dump({"message": message, "timestamp": int(time.time())}, file)
+                json.dump({"message": record}, file)
         else:
             print(message, file=sys.stderr)
         sys.exit(1)

@@ -12,10 +12,16 @@ import os
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import main as torchrun
 
 from mvqkd.processes import PEER_LOST
+
+
+def _message(failure: ProcessFailure) -> str:
+    if isinstance(failure.message, dict):
+        return failure.message["message"]
+    return f"process {failure.local_rank} of this host: exit status {failure.exitcode}"
 
 
 def main(args: list[str] | None = None) -> int:
@@ -23,13 +29,14 @@ def main(args: list[str] | None = None) -> int:
     # As torchrun would set it, which says so at length.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # How each of the processes was ended; the message of the first to fail says why.
-    for name in ("torch.distributed.elastic", "torch.distributed.run"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)
     try:
         torchrun(args)
     except ChildFailedError as error:
-        failures = sorted(error.failures.values(), key=lambda f: PEER_LOST in f.message)
-        print(failures[0].message, file=sys.stderr)
+        # In the order of their ends; those that ended because of another come last.
+        failures = sorted(error.failures.values(), key=lambda f: f.timestamp)
+        failures.sort(key=lambda f: PEER_LOST in _message(f))
+        print(_message(failures[0]), file=sys.stderr)
         return max(1, failures[0].exitcode)
     except SignalException as error:
         return 128 + error.sigval

@@ -37,13 +37,14 @@ def is_main() -> bool:
 
 @contextlib.contextmanager
 def connected(device: torch.device) -> Iterator[None]:
-    """Inside, the processes can exchange tensors on ``device`` and objects."""
+    """Inside, the processes can exchange tensors on ``device`` and objects; all leave at once."""
     if num_processes() == 1:
         yield
         return
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     yield
     # Not after an error: the others may wait in an exchange that will not come about.
+    gathered(None)  # what the main process writes last is there for all
     distributed.destroy_process_group()
 
 

@@ -21,6 +21,7 @@ import logging
 import math
 import random
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, is_dataclass
@@ -204,6 +205,15 @@ class _Loss(nn.Module):
         return loss, figures
 
 
+def _exchanging_gradients(module: nn.Module) -> DistributedDataParallel:
+    # Of the smallest convolution, whose gradient comes in another order of memory.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    with warnings.catch_warnings():
+        # torch 2.13 has another name for it, which older ones do not know. No buffer changes.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        return DistributedDataParallel(module, broadcast_buffers=False)
+
+
 @torch.no_grad()
 def _update_average(average: dict, model: nn.Module, step: int, period: int) -> None:
     """The mean of the weights at steps period, 2 * period, ..."""
@@ -305,7 +315,7 @@ def _train(task: Task, settings: TrainingSettings, folder: Path, device: torch.d
         scan(model, task.largest_batches(), lambda b: loss_of(b, 3.0)[0], task.describe, device)
     module: nn.Module = _Loss(task)
     if num_processes() > 1:
-        module = DistributedDataParallel(module, broadcast_buffers=False)
+        module = _exchanging_gradients(module)
 
     def accumulate_gradients(
         own: list[Any], divisor: float, warmup: float
