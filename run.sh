@@ -97,9 +97,11 @@ fi
 
 # What made the results: the options that change them.
 invocation() {
+    local gpus_option=''
+    ((num_gpus == 1)) || gpus_option=" --num-gpus $num_gpus"
     echo "./run.sh --corpus $corpus${size:+ --size $size}${split:+ --split $split}" \
         "${teacher:+--teacher $teacher }${teacher_dir:+--teacher-dir $teacher_dir }--labels $labels" \
-        "${students:+--students \"$students\" }--train-teacher $train_teacher$(((num_gpus == 1)) || echo " --num-gpus $num_gpus")"
+        "${students:+--students \"$students\" }--train-teacher $train_teacher${gpus_option}"
 }
 
 manifests() {
