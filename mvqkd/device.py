@@ -13,6 +13,8 @@ from mvqkd.errors import RecipeError
 def pick_device(name: str) -> torch.device:
     """``auto`` (CUDA where it is, else the CPU), ``cpu`` or ``cuda``.
 
+    Of several CUDA devices, each process that torchrun starts on a host takes the next.
+
     Raises:
       RecipeError: another name, or CUDA asked for where there is none.
     """
@@ -21,7 +23,11 @@ def pick_device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise RecipeError("--device cuda: PyTorch finds no CUDA device; use --device cpu")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    if not available or name == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def has_bf16(device: torch.device) -> bool:

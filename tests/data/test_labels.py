@@ -14,6 +14,7 @@ from mvqkd.data.labels import (
     FIELD,
     IGNORED,
     ORIGIN_FIELD,
+    CodebookIndexes,
     Dumper,
     LabelSettings,
     Origin,
@@ -30,7 +31,8 @@ from tests.conftest import CPU
 
 
 def dump(cuts, folder, teacher, quantizer, origin, **settings):
-    dumper = Dumper(teacher, quantizer, origin, LabelSettings(refine_iters=1, **settings), CPU)
+    kinds = [CodebookIndexes(teacher, quantizer, origin, refine_iters=1)]
+    dumper = Dumper(kinds, LabelSettings(**settings), CPU)
     return dump_labels(cuts, folder / "train.jsonl.gz", dumper, shard_size=4)
 
 
@@ -52,7 +54,7 @@ def own_labels(labelled_cuts, tmp_path):
 def test_dumped_labels_are_verified_and_read_by_lhotse_alone(
     corpus, labelled_cuts, teacher, quantizer, origin
 ):
-    verify_labels(labelled_cuts, teacher, 4, origin)
+    verify_labels(labelled_cuts, [CodebookIndexes(teacher, quantizer, origin)])
     written = CutSet.from_file(corpus.parent / "labels/train.jsonl.gz")
     assert [c.id for c in written] == [c.id for c in labelled_cuts]
     for cut in written:
@@ -89,9 +91,9 @@ def test_codebooks_of_fewer_entries_keep_a_column_each(feature_cuts, teacher, tm
     origin = Origin("tiny", 1, small.get_id(), small.weights_sha256())
     cuts = CutSet.from_cuts(list(feature_cuts)[:2])
     labelled = dump(cuts, tmp_path, teacher, small, origin)
-    verify_labels(labelled, teacher, 4, origin, codebook_size=16)
+    verify_labels(labelled, [CodebookIndexes(teacher, small, origin)])
     with pytest.raises(RecipeError, match="codebooks have 4 entries"):
-        verify_labels(labelled, teacher, 4, origin, codebook_size=4)
+        verify_labels(labelled, [CodebookIndexes(teacher, Quantizer(32, 4, 4), origin)])
     with pytest.raises(RecipeError, match="512 entries does not fit a byte"):
         dump(cuts, tmp_path, teacher, Quantizer(32, 512, 1), origin)
 
@@ -99,7 +101,7 @@ def test_codebooks_of_fewer_entries_keep_a_column_each(feature_cuts, teacher, tm
 def test_labels_of_another_quantizer_are_refused(labelled_cuts, teacher, quantizer, origin):
     other = Origin("tiny", 2, "0badcafe", "f" * 64)
     with pytest.raises(RecipeError) as caught:
-        verify_labels(labelled_cuts, teacher, 4, other)
+        verify_labels(labelled_cuts, [CodebookIndexes(teacher, quantizer, other)])
     message = str(caught.value)
     for name in (labelled_cuts[0].id, quantizer.get_id(), origin.sha256[:12], "0badcafe", "f" * 12):
         assert name in message
@@ -123,15 +125,15 @@ def test_labels_of_unknown_origin_must_be_accepted(own_labels, origin):
 @pytest.mark.parametrize(
     "change, cause",
     [
-        (lambda a: a[:-1], "its indexes have shape"),
-        (lambda a: np.concatenate([a, a[:2]]), "its indexes have shape"),
-        (lambda a: a[:, :2], "its indexes have shape"),
-        (lambda a: a.astype(np.int16), "its indexes are int16, not uint8"),
-        (None, "cannot be read (KeyError); run stage 5 again"),
+        (lambda a: a[:-1], "its codebook_indexes have shape"),
+        (lambda a: np.concatenate([a, a[:2]]), "its codebook_indexes have shape"),
+        (lambda a: a[:, :2], "its codebook_indexes have shape"),
+        (lambda a: a.astype(np.int16), "its codebook_indexes are int16, not uint8"),
+        (None, "cannot be read (KeyError); remove the file and run"),
     ],
     ids=["short", "long", "columns", "dtype", "missing"],
 )
-def test_labels_that_do_not_fit_are_refused(own_labels, teacher, origin, change, cause):
+def test_labels_that_do_not_fit_are_refused(own_labels, teacher, quantizer, origin, change, cause):
     cuts, path = own_labels
     cut = cuts[1]
     with h5py.File(path, "r+") as file:
@@ -143,19 +145,19 @@ def test_labels_that_do_not_fit_are_refused(own_labels, teacher, origin, change,
             cut.custom[FIELD].array.shape = list(changed.shape)
             cut.custom[FIELD].array.storage_key = cut.id
     with pytest.raises(RecipeError) as caught:
-        verify_labels(cuts, teacher, 4, origin)
+        verify_labels(cuts, [CodebookIndexes(teacher, quantizer, origin)])
     assert f"cut {cut.id}" in str(caught.value) and cause in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_one_frame_more_is_what_icefall_stores(own_labels, teacher, origin):
+def test_one_frame_more_is_what_icefall_stores(own_labels, teacher, quantizer, origin):
     cuts, path = own_labels
     with h5py.File(path, "r+") as file:
         for cut in cuts:
             indexes_TN = file[cut.id][:]
             del file[cut.id]
             file[cut.id] = np.concatenate([indexes_TN, indexes_TN[-1:]])
-    verify_labels(cuts, teacher, 4, origin)
+    verify_labels(cuts, [CodebookIndexes(teacher, quantizer, origin)])
 
 
 def test_label_file_that_is_missing_or_damaged(own_labels):
@@ -164,7 +166,7 @@ def test_label_file_that_is_missing_or_damaged(own_labels):
         path.unlink()
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(RecipeError, match=rf"^{path}: indexes of cut {cuts[0].id} cannot be"):
+        with pytest.raises(RecipeError, match=rf"^{path}: {FIELD} of cut {cuts[0].id} cannot be"):
             load_indexes(cuts[0])
 
 
