@@ -11,7 +11,8 @@
 # recipe) are put aside (.before) until the new ones are whole, and put back if COMMAND fails
 # before it has made any of them, as for a mistyped conf; when it has not, a step that was
 # killed goes on with what it has left there. An output that ends in ? need not be there in
-# the end. Of two runs that come to the same step, the second waits for the first.
+# the end. Of two runs that come to the same step, the second waits for the first. $launcher
+# (words, empty by default) starts COMMAND, and is no part of the stamp either.
 
 log() {
     echo "$(date +%H:%M:%S) $*" >&2
@@ -143,7 +144,8 @@ step() {
     rm -f "$stamps/$name"
     log "$name: begins"
     started=$SECONDS
-    attended "$@" || {
+    # shellcheck disable=SC2086  # words
+    attended ${launcher:-} "$@" || {
         # shellcheck disable=SC2086
         _put_back ${outputs//\?/} || true
         log "$name: failed"

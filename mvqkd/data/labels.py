@@ -27,6 +27,7 @@ import torch
 from lhotse import CutSet
 from lhotse.array import Array, TemporalArray
 from lhotse.cut import MixedCut, PaddingCut
+from lhotse.features.io import close_cached_file_handles
 from lhotse.utils import fastcopy
 
 from mvqkd.data.audio import collate_audio
@@ -286,11 +287,12 @@ def dump_labels(cuts: CutSet, out: Path, dumper: Dumper, shard_size: int) -> Cut
         labelled = read_cuts(out)  # written by another process since
     if [cut.id for cut in labelled] != [cut.id for cut in cuts]:
         raise RecipeError(f"{out}: has not the cuts that were to be labelled; remove it")
+    close_cached_file_handles()  # what is read is what is there now
     verify_labels(labelled, dumper.kinds)
     if not out.exists():
         with written_aside(out) as aside:
             write_cuts(labelled, aside)
-    shards.remove_cuts()
+    shards.leave_arrays()
     return labelled
 
 

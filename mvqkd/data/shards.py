@@ -205,7 +205,7 @@ class Shards:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         everything = list(cuts)
-        self._what, self._joined = what, joined
+        self._folder, self._what, self._joined = folder, what, joined
         self._jobs: list[Job] = [
             (folder / f"{number:05d}", CutSet.from_cuts(everything[start : start + shard_size]))
             for number, start in enumerate(range(0, len(everything), shard_size))
@@ -274,11 +274,14 @@ class Shards:
             cut for stem, _ in self._jobs for cut in CutSet.from_file(stem.with_suffix(".jsonl.gz"))
         )
 
-    def remove_cuts(self) -> None:
-        """Leave the arrays alone, for a manifest that stands for the cuts of all shards."""
+    def leave_arrays(self) -> None:
+        """Remove all but the arrays, once a manifest stands for the cuts of all shards."""
         for stem, _ in self._jobs:
             stem.with_suffix(".jsonl.gz").unlink(missing_ok=True)
             stem.with_suffix(".lock").unlink(missing_ok=True)
+        # Of processes that were killed on other hosts.
+        for stale in self._folder.glob(".part-*-[0-9]*"):
+            stale.unlink(missing_ok=True)
 
 
 def map_shards(
