@@ -5,26 +5,33 @@ import json
 import shutil
 
 import h5py
+import lhotse
 import numpy as np
 import pytest
 import torch
-from lhotse import CutSet
+from lhotse import CutSet, MonoCut
+from lhotse.utils import fastcopy
 
+from benchmarks import label_storage
+from mvqkd.data.audio import collate_audio
 from mvqkd.data.labels import (
     FIELD,
     IGNORED,
     ORIGIN_FIELD,
     CodebookIndexes,
     Dumper,
+    Embeddings,
     LabelSettings,
     Origin,
     check_origin,
     collate_indexes,
     dump_labels,
+    join_labels,
     load_indexes,
     verify_labels,
 )
 from mvqkd.data.manifests import read_cuts
+from mvqkd.data.shards import ArrayFile
 from mvqkd.errors import RecipeError
 from mvqkd.quantizer import Quantizer
 from tests.conftest import CPU
@@ -236,3 +243,152 @@ def test_dump_goes_on_where_it_was_killed(
         np.testing.assert_array_equal(load_indexes(a), load_indexes(b))
     assert len(read_cuts(tmp_path / "killed/train.jsonl.gz")) == len(feature_cuts)
     shutil.rmtree(tmp_path / "killed")
+
+
+def renamed(cut, cut_id, recording_id=None, **changes):
+    recording = fastcopy(cut.recording, id=recording_id or cut.recording.id)
+    return fastcopy(cut, id=cut_id, recording=recording, **changes)
+
+
+def test_labels_are_joined_by_id(labelled_cuts, feature_cuts):
+    backwards = CutSet.from_cuts(reversed(list(labelled_cuts)))
+    joined = join_labels(feature_cuts, backwards)
+    for cut, plain, labelled in zip(joined, feature_cuts, labelled_cuts):
+        assert cut.id == plain.id and cut.custom == labelled.custom
+        assert not plain.custom
+
+
+def test_labels_under_ids_of_another_scheme(labelled_cuts, feature_cuts):
+    others = []
+    for number, cut in enumerate(labelled_cuts):
+        recording = cut.recording.id
+        if "_sp" in recording:  # as Kaldi names them
+            name, _, speed = recording.partition("_sp")
+            recording = f"sp{speed}-{name}"
+        others.append(renamed(cut, f"{recording}-{number}", recording, start=cut.start + 2e-3))
+    joined = join_labels(feature_cuts, CutSet.from_cuts(others))
+    for cut, labelled in zip(joined, labelled_cuts):
+        np.testing.assert_array_equal(load_indexes(cut), load_indexes(labelled))
+
+
+def test_labels_that_cannot_be_matched_are_refused_with_both_ids(labelled_cuts, feature_cuts):
+    cuts, labels = list(feature_cuts), list(labelled_cuts)
+    slow = next(i for i, cut in enumerate(cuts) if cut.id.endswith("_sp0.9"))
+    wanted, label = CutSet.from_cuts([cuts[slow]]), labels[slow]
+    plain = next(other for other in labels if other.id == cuts[slow].id[: -len("_sp0.9")])
+    for others, ids in (
+        # Another speed; another start; no recording to tell by; two of the same.
+        ([plain], [plain.id]),
+        ([renamed(label, f"{label.id}-7", start=label.start + 1)], [f"{label.id}-7"]),
+        ([fastcopy(label, id=f"{label.id}-7", recording=None)], [f"{label.id}-7"]),
+        ([renamed(label, "a"), renamed(label, "b")], ["both a and b"]),
+        # The right id of the wrong speech.
+        ([renamed(plain, label.id)], [f"{label.id}: the label of this id", "speed 1)", "speed 0."]),
+        ([fastcopy(label, custom=None)], [f"{label.id}: has no codebook_indexes"]),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            join_labels(wanted, CutSet.from_cuts(others))
+        for part in (cuts[slow].id, *ids):
+            assert part in str(caught.value), part
+        assert "\n" not in str(caught.value)
+
+
+def test_published_labels_without_recordings_are_joined_by_id(labelled_cuts, feature_cuts):
+    published = CutSet.from_cuts(
+        MonoCut(cut.id, cut.start, cut.duration, cut.channel, custom={FIELD: cut.custom[FIELD]})
+        for cut in labelled_cuts
+    )
+    for cut, labelled in zip(join_labels(feature_cuts, published), labelled_cuts):
+        np.testing.assert_array_equal(load_indexes(cut), load_indexes(labelled))
+        assert ORIGIN_FIELD not in cut.custom
+
+
+def dump_floats(cuts, folder, teacher, quantizer, origin, dtype="float16"):
+    kinds = [
+        CodebookIndexes(teacher, quantizer, origin, refine_iters=1),
+        Embeddings(teacher, 1, dtype, "layer1"),
+    ]
+    dumper = Dumper(kinds, LabelSettings(), CPU)
+    return dump_labels(cuts, folder / "train.jsonl.gz", dumper, shard_size=4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_embeddings_beside_indexes(feature_cuts, teacher, quantizer, origin, tmp_path, dtype):
+    labelled = dump_floats(feature_cuts, tmp_path, teacher, quantizer, origin, dtype)
+    for cut in labelled:
+        batch = collate_audio([cut])
+        embeddings, _ = teacher.embed(batch.waveforms_BL, batch.lengths_B, 1)
+        assert cut.load_layer1().dtype == dtype
+        np.testing.assert_allclose(cut.load_layer1(), embeddings[0], atol=2e-3, rtol=1e-3)
+        assert cut.load_codebook_indexes().shape == (cut.custom["layer1"].num_frames, 4)
+        check_origin(cut, Origin("tiny", 1, dtype, ""), False, "layer1")
+    with pytest.raises(RecipeError, match=r"layer1 are float.. of layer 1 of tiny, not .* layer 2"):
+        check_origin(labelled[0], Origin("tiny", 2, dtype, ""), False, "layer1")
+
+
+def test_long_arrays_are_chunked(tmp_path):
+    file = ArrayFile(tmp_path / "a", tmp_path / "a")
+    embeddings_TD = np.random.default_rng(1).standard_normal((599, 320)).astype(np.float16)
+    file.store("layer1/cut", embeddings_TD, chunked=True)
+    file.close()
+    with h5py.File(tmp_path / "a") as read:
+        assert read["layer1/cut"].chunks == (100, 320)
+        np.testing.assert_array_equal(read["layer1/cut"][130:140], embeddings_TD[130:140])
+
+
+def test_embeddings_that_are_no_float16(feature_cuts, teacher, quantizer, origin, tmp_path):
+    kind = Embeddings(teacher, 1, "float16", "layer1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher, "_layer", lambda *args: 1e6 * type(teacher)._layer(teacher, *args))
+        with pytest.raises(RecipeError, match="layer1 holds values that are not finite as float16"):
+            dump_labels(
+                feature_cuts, tmp_path / "a.jsonl.gz", Dumper([kind], LabelSettings(), CPU), 4
+            )
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == [
+        "00000.lock",
+        "made-from.json",
+    ]
+
+
+def test_labels_stay_with_lhotse_alone(feature_cuts, teacher, quantizer, origin, tmp_path):
+    """Truncated, split, combined and exported to Shar."""
+    written = dump_floats(feature_cuts, tmp_path, teacher, quantizer, origin)
+    cuts = CutSet.from_file(tmp_path / "train.jsonl.gz").to_eager()
+    whole = {cut.id: (cut.load_codebook_indexes(), cut.load_layer1()) for cut in cuts}
+    assert whole.keys() == {cut.id for cut in written}
+
+    part = cuts[0].truncate(offset=0.4, duration=0.8)
+    for found, array in zip((part.load_codebook_indexes(), part.load_layer1()), whole[cuts[0].id]):
+        np.testing.assert_array_equal(found, array[20:60])
+    windows = cuts.cut_into_windows(0.5)
+    for cut in windows:
+        assert len(cut.load_codebook_indexes()) == len(cut.load_layer1()) >= 1
+
+    pieces = cuts.split(3)
+    for number, piece in enumerate(pieces):
+        piece.to_file(tmp_path / f"piece{number}.jsonl.gz")
+    again = lhotse.combine(
+        *(CutSet.from_file(tmp_path / f"piece{number}.jsonl.gz") for number in range(3))
+    )
+    shar = tmp_path / "shar"
+    shar.mkdir()
+    fields = {"recording": "wav", "features": "numpy", FIELD: "numpy", "layer1": "numpy"}
+    cuts.to_shar(shar, fields=fields, shard_size=5)
+    for found in (again, CutSet.from_shar(in_dir=shar)):
+        found = list(found)
+        assert [cut.id for cut in found] == [cut.id for cut in cuts]
+        for cut in found:
+            np.testing.assert_array_equal(cut.load_codebook_indexes(), whole[cut.id][0])
+            np.testing.assert_array_equal(cut.load_layer1(), whole[cut.id][1])
+            np.testing.assert_array_equal(load_indexes(cut), whole[cut.id][0])
+            check_origin(cut, origin, accept_unknown=False)
+
+
+def test_storage_of_utterances_of_12_seconds():
+    settings = label_storage.Settings(num_utterances=500)
+    cuts = label_storage.simulated_cuts(settings.num_utterances, settings.seconds)
+    kind = CodebookIndexes(
+        label_storage.FrameClock(), Quantizer(8, 256, 8), Origin("a", 1, "b", "c" * 64)
+    )
+    found = label_storage.bytes_of(kind, cuts, settings)
+    assert 500 * 599 * 8 < found < 1.08 * 500 * 599 * 8
