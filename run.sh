@@ -152,7 +152,8 @@ if on 4; then
 fi
 if on 5; then
     # shellcheck disable=SC2046
-    launcher=$label_launcher step "labels-$labels" "quantizer-$labels features" "$data/labels/$labels" \
+    launcher=$label_launcher step "labels-$labels" "quantizer-$labels features" \
+        "$data/labels/$labels $data/labels/$labels/train.jsonl.gz" \
         python3 local/dump_labels.py $(conf labels) --teacher "$exp/teacher" \
         --quantizer "$quantizer" --train_manifest "$data/fbank/train.jsonl.gz" \
         --out "$data/labels/$labels/train.jsonl.gz" --device "$device"

@@ -9,6 +9,7 @@ Alone, or in any number of processes at once, which share the work (they need no
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -101,7 +102,8 @@ def main(settings: Settings) -> None:
     device = pick_device(settings.device)
     dumper = Dumper(make_kinds(settings), settings.labels, device)
     cuts = read_cuts(settings.train_manifest)
-    dump_labels(cuts, settings.out, dumper, settings.labels.shard_size)
+    if dump_labels(cuts, settings.out, dumper, settings.labels.shard_size) is None:
+        logging.info(f"others have the last shards in hand, and write {settings.out} when done")
 
 
 if __name__ == "__main__":

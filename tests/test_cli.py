@@ -114,4 +114,9 @@ def test_pick_device(monkeypatch):
     with pytest.raises(RecipeError, match="no CUDA device"):
         pick_device("cuda")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert [pick_device(name).type for name in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for rank, index in (("0", 0), ("1", 1), ("2", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert pick_device("auto").index == index and pick_device("cpu").type == "cpu"

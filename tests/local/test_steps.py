@@ -196,3 +196,11 @@ def test_second_run_waits_for_the_first(shell, tmp_path):
     _, said = second.communicate()
     assert first.returncode == second.returncode == 0
     assert "one: done already" in said
+
+
+def test_launcher_starts_the_command_and_is_no_part_of_the_stamp(shell, tmp_path):
+    launched = 'launch() { echo launched $1 >>said; shift 2; "$@"; }\n'
+    done, ran = shell(launched + "launcher='launch of 4' " + STEP)
+    assert done.returncode == 0 and ran == ["one"]
+    assert (tmp_path / "said").read_text().endswith("launched of\n")
+    assert shell(STEP)[1] == []
