@@ -414,7 +414,9 @@ def _common_prefix(one: str, two: str) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, two)))
 
 
-def verify_labels(cuts: CutSet, kinds: Sequence[LabelKind]) -> None:
+def verify_labels(
+    cuts: CutSet, kinds: Sequence[LabelKind], accept_unknown_origin: bool = False
+) -> None:
     """Every cut has the labels ``kinds``: as many frames as its duration asks for, values in
     range, of their origin.
 
@@ -424,15 +426,15 @@ def verify_labels(cuts: CutSet, kinds: Sequence[LabelKind]) -> None:
       RecipeError: the first cut that has not.
     """
     for kind in kinds:
-        num_frames = sum(_verify_label(cut, kind) for cut in cuts)
+        num_frames = sum(_verify_label(cut, kind, accept_unknown_origin) for cut in cuts)
         logging.info(
             f"verified: {len(cuts)} cuts have {kind.field}, {num_frames} frames of "
             f"{kind.columns * kind.dtype.itemsize} bytes"
         )
 
 
-def _verify_label(cut, kind: LabelKind) -> int:
-    check_origin(cut, kind.origin, accept_unknown=False, field=kind.field)
+def _verify_label(cut, kind: LabelKind, accept_unknown: bool) -> int:
+    check_origin(cut, kind.origin, accept_unknown, kind.field)
     # All of the array: lhotse cuts off what is too long for the cut.
     array = _stored(cut, kind.field, whole=True)
     if array.dtype != kind.dtype:

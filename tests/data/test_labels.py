@@ -31,7 +31,7 @@ from mvqkd.data.labels import (
     verify_labels,
 )
 from mvqkd.data.manifests import read_cuts
-from mvqkd.data.shards import ArrayFile
+from mvqkd.data.shards import ArrayFile, Shards
 from mvqkd.errors import RecipeError
 from mvqkd.quantizer import Quantizer
 from tests.conftest import CPU
@@ -117,9 +117,11 @@ def test_labels_of_another_quantizer_are_refused(labelled_cuts, teacher, quantiz
         check_origin(labelled_cuts[0], other, accept_unknown=True)
 
 
-def test_labels_of_unknown_origin_must_be_accepted(own_labels, origin):
+def test_labels_of_unknown_origin_must_be_accepted(own_labels, teacher, quantizer, origin):
     cut = own_labels[0][0]
     del cut.custom[ORIGIN_FIELD]
+    kind = CodebookIndexes(teacher, quantizer, origin)
+    verify_labels(own_labels[0], [kind], accept_unknown_origin=True)
     with pytest.raises(RecipeError, match="do not say what made them; set accept_unknown_origin"):
         check_origin(cut, origin, accept_unknown=False)
     check_origin(cut, origin, accept_unknown=True)
@@ -314,7 +316,8 @@ def dump_floats(cuts, folder, teacher, quantizer, origin, dtype="float16"):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_embeddings_beside_indexes(feature_cuts, teacher, quantizer, origin, tmp_path, dtype):
-    labelled = dump_floats(feature_cuts, tmp_path, teacher, quantizer, origin, dtype)
+    cuts = CutSet.from_cuts(list(feature_cuts)[:3])
+    labelled = dump_floats(cuts, tmp_path, teacher, quantizer, origin, dtype)
     for cut in labelled:
         batch = collate_audio([cut])
         embeddings, _ = teacher.embed(batch.waveforms_BL, batch.lengths_B, 1)
@@ -392,3 +395,27 @@ def test_storage_of_utterances_of_12_seconds():
     )
     found = label_storage.bytes_of(kind, cuts, settings)
     assert 500 * 599 * 8 < found < 1.08 * 500 * 599 * 8
+
+
+def test_manifest_that_another_process_writes_first(
+    feature_cuts, teacher, quantizer, origin, tmp_path, monkeypatch
+):
+    whole = dump(feature_cuts, tmp_path / "whole", teacher, quantizer, origin)
+    shutil.copytree(tmp_path / "whole", tmp_path / "ours")
+    kept = tmp_path / "ours/train.jsonl.gz"
+    theirs = kept.read_bytes()
+    for name in ("00000", "00001", "00002"):
+        (tmp_path / f"ours/shards/{name}.jsonl.gz").touch()
+    (tmp_path / "ours/shards/.part-host9-77-00001.h5").write_bytes(b"killed on another host")
+    kept.unlink()
+
+    def too_late(self):
+        kept.write_bytes(theirs)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Shards, "cuts", too_late)
+    done = dump(feature_cuts, tmp_path / "ours", teacher, quantizer, origin)
+    assert [cut.id for cut in done] == [cut.id for cut in whole]
+    assert kept.read_bytes() == theirs
+    names = sorted(path.name for path in (tmp_path / "ours/shards").iterdir())
+    assert names == ["00000.h5", "00001.h5", "00002.h5", "made-from.json"]
