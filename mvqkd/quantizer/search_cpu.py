@@ -37,9 +37,9 @@ _BLOCK_FRAMES = 32
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
 _inlined = numba.njit(**_OPTIONS)
 
+_FLOAT, _INT = ir.FloatType(), ir.IntType(32)
+_LANES = 16  # of the rows below, which are padded to a multiple of it
 _WIDTH = 64  # values per comparison: one bit each of a machine word
-_VECTOR = ir.VectorType(ir.FloatType(), _WIDTH)
-_INT = ir.IntType(32)
 
 
 def _compiled(signature: str) -> Callable[[Callable], Any]:
@@ -64,12 +64,65 @@ def _compiled(signature: str) -> Callable[[Callable], Any]:
     return decorate
 
 
-def _load(context, builder, signature, args):
-    """``array[start : start + 64]`` as one vector."""
-    data = context.make_array(signature.args[0])(context, builder, args[0]).data
-    vector = builder.load(builder.bitcast(builder.gep(data, [args[1]]), _VECTOR.as_pointer()))
+def _vector_pointer(context, builder, array_type, array, start, width):
+    """Of ``width`` values from the ``start``-th of an array in memory order on."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [start]), ir.VectorType(_FLOAT, width).as_pointer())
+
+
+def _load(builder, pointer):
+    vector = builder.load(pointer)
     vector.align = 4
     return vector
+
+
+def _repeat(builder, value, width):
+    undefined = ir.Constant(ir.VectorType(_FLOAT, width), ir.Undefined)
+    first = builder.insert_element(undefined, value, ir.Constant(_INT, 0))
+    everywhere = ir.Constant(ir.VectorType(_INT, width), [0] * width)
+    return builder.shuffle_vector(first, undefined, everywhere)
+
+
+def _row_operation(combine: Callable) -> Any:
+    """``target[t : t + 16] = combine(target[t : t + 16], source[s : s + 16])``, for arrays of any
+    shape indexed in memory order. Spelled out, as a compiler that cannot tell that the arrays are
+    apart makes of such short rows more checks than sums."""
+
+    @intrinsic
+    def operation(typing_context, target, t, source, s):
+        def codegen(context, builder, signature, args):
+            pointers = [
+                _vector_pointer(context, builder, signature.args[i], args[i], args[i + 1], _LANES)
+                for i in (0, 2)
+            ]
+            result = combine(builder, *(_load(builder, pointer) for pointer in pointers))
+            builder.store(result, pointers[0]).align = 4
+            return context.get_dummy_value()
+
+        return types.none(target, types.intp, source, types.intp), codegen
+
+    return operation
+
+
+_copy = _row_operation(lambda builder, target, source: source)
+_add = _row_operation(lambda builder, target, source: builder.fadd(target, source))
+_subtract = _row_operation(lambda builder, target, source: builder.fsub(target, source))
+
+
+@intrinsic
+def _copy_plus(typing_context, target, t, source, s, value):
+    """``target[t : t + 16] = source[s : s + 16] + value``."""
+
+    def codegen(context, builder, signature, args):
+        into, of = (
+            _vector_pointer(context, builder, signature.args[i], args[i], args[i + 1], _LANES)
+            for i in (0, 2)
+        )
+        result = builder.fadd(_load(builder, of), _repeat(builder, args[4], _LANES))
+        builder.store(result, into).align = 4
+        return context.get_dummy_value()
+
+    return types.none(target, types.intp, source, types.intp, types.float32), codegen
 
 
 @intrinsic
@@ -77,12 +130,10 @@ def _bits_up_to(typing_context, array, start, limit):
     """Bit i of the result: ``array[start + i] <= limit``."""
 
     def codegen(context, builder, signature, args):
-        values = _load(context, builder, signature, args)
-        undefined = ir.Constant(_VECTOR, ir.Undefined)
-        first = builder.insert_element(undefined, args[2], ir.Constant(_INT, 0))
-        everywhere = ir.Constant(ir.VectorType(_INT, _WIDTH), [0] * _WIDTH)
-        limits = builder.shuffle_vector(first, undefined, everywhere)
-        return builder.bitcast(builder.fcmp_ordered("<=", values, limits), ir.IntType(_WIDTH))
+        pointer = _vector_pointer(context, builder, signature.args[0], args[0], args[1], _WIDTH)
+        limits = _repeat(builder, args[2], _WIDTH)
+        bits = builder.fcmp_ordered("<=", _load(builder, pointer), limits)
+        return builder.bitcast(bits, ir.IntType(_WIDTH))
 
     return types.uint64(array, types.intp, types.float32), codegen
 
@@ -91,12 +142,13 @@ def _reduction(name: str) -> Any:
     @intrinsic
     def reduce(typing_context, array, start):
         def codegen(context, builder, signature, args):
+            pointer = _vector_pointer(context, builder, signature.args[0], args[0], args[1], _WIDTH)
             function = cgutils.get_or_insert_function(
                 builder.module,
-                ir.FunctionType(ir.FloatType(), [_VECTOR]),
+                ir.FunctionType(_FLOAT, [ir.VectorType(_FLOAT, _WIDTH)]),
                 f"llvm.vector.reduce.{name}.v{_WIDTH}f32",
             )
-            return builder.call(function, [_load(context, builder, signature, args)])
+            return builder.call(function, [_load(builder, pointer)])
 
         return types.float32(array, types.intp), codegen
 
@@ -124,34 +176,35 @@ def _count_bits(typing_context, word):
 
 
 @_inlined
-def _smallest(values, keep, padded, chosen):
-    """Put the places of the ``keep`` smallest values into ``chosen``; False if there are not as
-    many that are numbers. ``padded``: scratch of 64."""
-    if values.shape[0] <= keep:
-        for i in range(values.shape[0]):
+def _smallest(values, start, count, keep, padded, chosen):
+    """Put the places of the ``keep`` smallest of ``values[start : start + count]`` into ``chosen``;
+    False if there are not as many that are numbers. ``padded``: scratch of 64."""
+    if count <= keep:
+        for i in range(count):
             chosen[i] = i
         return True
-    if values.shape[0] < 64:
+    if count < 64:
         for i in range(64):
             padded[i] = np.nan  # below no limit, and passed over by least and largest
-        for i in range(values.shape[0]):
-            padded[i] = values[i]
-        values = padded
-    count = values.shape[0]
-    low, high = _least(values, 0), _largest(values, 0)
-    for i in range(64, count, 64):
-        least, largest = _least(values, i), _largest(values, i)
+        for i in range(count):
+            padded[i] = values[start + i]
+        values, start, count = padded, 0, 64
+    # At most ``keep`` values lie below ``low`` or at it, at least as many up to ``high``.
+    low, high = _least(values, start), _largest(values, start)
+    for i in range(start + 64, start + count, 64):
+        least = _least(values, i)
         low = least if least < low else low
+    for i in range(start + 64, start + keep, 64):
+        largest = _largest(values, i)
         high = largest if largest > high else high
     if keep == 1:
         high = low
-    # At most ``keep`` values lie below ``low`` or at it, at least as many up to ``high``.
     for _ in range(60):
         limit = np.float32(0.5) * (low + high)
         if limit <= low or limit >= high:
             break
         below = 0
-        for i in range(0, count, 64):
+        for i in range(start, start + count, 64):
             below += _count_bits(_bits_up_to(values, i, limit))
         if below <= keep:
             low = limit
@@ -159,7 +212,7 @@ def _smallest(values, keep, padded, chosen):
             high = limit
     found = 0
     for i in range(0, count, 64):
-        bits = _bits_up_to(values, i, low)
+        bits = _bits_up_to(values, start + i, low)
         while bits != 0 and found < keep:
             chosen[found] = i + _lowest_bit(bits)
             found += 1
@@ -167,7 +220,7 @@ def _smallest(values, keep, padded, chosen):
     # What is left between the two is a tie: any of them.
     if found < keep:
         for i in range(0, count, 64):
-            bits = _bits_up_to(values, i, high) & ~_bits_up_to(values, i, low)
+            bits = _bits_up_to(values, start + i, high) & ~_bits_up_to(values, start + i, low)
             while bits != 0 and found < keep:
                 chosen[found] = i + _lowest_bit(bits)
                 found += 1
@@ -176,69 +229,71 @@ def _smallest(values, keep, padded, chosen):
 
 
 @_inlined
-def _entries_in_use(places_AL, first, entries_NJ1, place_to_row, entries_R, row_AL, current_L1):
+def _entries_in_use(places_GAL, group, A, L, entries_NJ1, place_to_row, entries_R, row_AL, rows_L1):
     """List the entries that a group's candidates use: ``entries_R``, for each of its codebooks
-    (from ``first`` on) the current one and then the others; ``row_AL`` says where in it each
-    candidate's are, ``current_L1`` where the current ones and the end."""
-    A, L = places_AL.shape
+    the current one and then the others; ``row_AL`` says where in it each candidate's are,
+    ``rows_L1`` where the current ones and the end. Returns their number."""
     J = entries_NJ1.shape[1] - 1
     R = 0
     for l in range(L):
-        current_L1[l] = R
-        entries_R[R] = entries_NJ1[first + l, J]
+        n = group * L + l
+        rows_L1[l] = R
+        entries_R[R] = entries_NJ1[n, J]
         R += 1
         for j in range(J):
             place_to_row[j] = -1
         for a in range(A):
-            place = places_AL[a, l]
-            if place_to_row[place] < 0:
-                place_to_row[place] = R
-                entries_R[R] = entries_NJ1[first + l, place]
-                R += 1
-            row_AL[a, l] = place_to_row[place]
-    current_L1[L] = R
+            # Without a branch: it would be guessed wrong as often as not.
+            place = places_GAL[group, a, l]
+            row = place_to_row[place]
+            is_new = row < 0
+            row = R if is_new else row
+            entries_R[R] = entries_NJ1[n, place]
+            place_to_row[place] = row
+            row_AL[a, l] = row
+            R += is_new
+    rows_L1[L] = R
     return R
 
 
 @_inlined
 def _move_products(
-    gram_MM, entries_R, row_AL, rows_L1, entries_C, C, columns_L1, gram_RC, sum_C, product_CA
+    gram_MM, A, L, entries_R, row_AL, rows_L1, entries_C, C, columns_L1, gram_RC, sum_C, product_CA
 ):
     """``product_CA``: each candidate's move of the first group times the move to each entry of
     the second."""
-    A, L = row_AL.shape
+    width_C, width_A = gram_RC.shape[1], product_CA.shape[1]
     for l in range(L):
         current = rows_L1[l]
         for r in range(current, rows_L1[l + 1]):
-            gram_M = gram_MM[entries_R[r]]
+            entry = entries_R[r]
             for c in range(C):
-                gram_RC[r, c] = gram_M[entries_C[c]]
-            if r > current:
-                for c in range(C):
-                    gram_RC[r, c] -= gram_RC[current, c]
+                gram_RC[r, c] = gram_MM[entry, entries_C[c]]
+        for r in range(current + 1, rows_L1[l + 1]):
+            for c in range(0, C, _LANES):
+                _subtract(gram_RC, r * width_C + c, gram_RC, current * width_C + c)
     for a in range(A):
-        for c in range(C):
-            sum_C[c] = gram_RC[row_AL[a, 0], c]
-        for l in range(1, L):
-            for c in range(C):
-                sum_C[c] += gram_RC[row_AL[a, l], c]
+        for c in range(0, C, _LANES):
+            _copy(sum_C, c, gram_RC, row_AL[a, 0] * width_C + c)
+            for l in range(1, L):
+                _add(sum_C, c, gram_RC, row_AL[a, l] * width_C + c)
         for c in range(C):
             product_CA[c, a] = sum_C[c]
     for l in range(L):
         current = columns_L1[l]
         for c in range(current + 1, columns_L1[l + 1]):
-            for a in range(A):
-                product_CA[c, a] -= product_CA[current, a]
+            for a in range(0, A, _LANES):
+                _subtract(product_CA, c * width_A + a, product_CA, current * width_A + a)
 
 
 @_inlined
-def _scratch(N, J, A):
-    """Arrays of one group of a pair; A: the most candidates."""
+def _scratch(N, J, A, wide):
+    """Arrays of one group of a pair; A: the most candidates, ``wide`` with padding."""
     return (
-        np.empty((N, A, N), np.intp),  # places by group
-        np.empty((N, A), np.float32),  # errors by group
-        np.empty(N * (J + 1), np.intp),  # entries in use
-        np.empty((A, N), np.intp),  # where a candidate's are among them
+        np.empty((N, A, N), np.int32),  # places by group
+        np.zeros((N, wide), np.float32),  # errors by group
+        np.empty(N * (J + 1) + 1, np.int32),  # entries in use
+        np.empty((A, N), np.int32),  # where a candidate's are among them
         np.empty(N + 1, np.intp),  # where a codebook's are among them
     )
 
@@ -249,20 +304,22 @@ def _refine_block(gram_MM, alone_BM, entries_BN, rounds, kept):
     N = entries_BN.shape[1]
     K = M // N
     J, most = kept[0], kept.max()
-    places_GAL, error_GA, entries_R, row_AL, rows_L1 = _scratch(N, J, most)
-    next_places_GAL, next_error_GA, entries_C, column_AL, columns_L1 = _scratch(N, J, most)
+    wide = -(-most // _LANES) * _LANES  # of rows with a column per candidate
+    most_in_use = N // 2 * (J + 1)
+    wide_in_use = -(-most_in_use // _LANES) * _LANES
+    places_GAL, error_GA, entries_R, row_AL, rows_L1 = _scratch(N, J, most, wide)
+    next_places_GAL, next_error_GA, entries_C, column_AL, columns_L1 = _scratch(N, J, most, wide)
     error_M = np.empty(M, np.float32)
-    entries_NJ1 = np.empty((N, J + 1), np.intp)
-    gram_RC = np.empty((N // 2 * (J + 1), N // 2 * (J + 1)), np.float32)
-    product_CA = np.empty((N // 2 * (J + 1), most), np.float32)
-    sum_C = np.empty(N // 2 * (J + 1), np.float32)
-    error_AA = np.empty(most * most, np.float32)
+    entries_NJ1 = np.empty((N, J + 1), np.int32)
+    gram_RC = np.zeros((most_in_use, wide_in_use), np.float32)
+    product_CA = np.zeros((most_in_use, wide), np.float32)
+    sum_C = np.zeros(wide_in_use, np.float32)
+    error_AA = np.zeros(most * most + _LANES, np.float32)
     padded = np.empty(64, np.float32)
-    place_to_row = np.empty(J, np.intp)
+    place_to_row = np.empty(J, np.int32)
     chosen = np.empty(most, np.intp)
 
     for frame in range(B):
-        entries_N = entries_BN[frame]
         moved, whole = True, True
         for _ in range(rounds):
             # A round that changed nothing would be repeated.
@@ -270,21 +327,23 @@ def _refine_block(gram_MM, alone_BM, entries_BN, rounds, kept):
                 break
             moved = False
 
-            error_M[:] = alone_BM[frame]
+            for m in range(M):
+                error_M[m] = alone_BM[frame, m]
             for n in range(N):
-                gram_M = gram_MM[entries_N[n]]
+                entry = entries_BN[frame, n]
                 for m in range(M):
-                    error_M[m] += gram_M[m]
+                    error_M[m] += gram_MM[entry, m]
             for n in range(N):
-                error_K = error_M[n * K : (n + 1) * K]
-                whole &= _smallest(error_K, J, padded, chosen)
+                whole &= _smallest(error_M, n * K, K, J, padded, chosen)
                 if not whole:
                     break
+                current = entries_BN[frame, n]
                 for j in range(J):
-                    entries_NJ1[n, j] = n * K + chosen[j]
-                    error_GA[n, j] = error_K[chosen[j]] - error_M[entries_N[n]]
+                    entry = n * K + chosen[j]
+                    entries_NJ1[n, j] = entry
+                    error_GA[n, j] = error_M[entry] - error_M[current]
                     places_GAL[n, j, 0] = j
-                entries_NJ1[n, J] = entries_N[n]
+                entries_NJ1[n, J] = current
 
             L, P = 1, N // 2
             for level in range(len(kept) - 1):
@@ -294,8 +353,10 @@ def _refine_block(gram_MM, alone_BM, entries_BN, rounds, kept):
                 for p in range(P):
                     first, second = 2 * p, 2 * p + 1
                     _entries_in_use(
-                        places_GAL[first, :A, :L],
-                        first * L,
+                        places_GAL,
+                        first,
+                        A,
+                        L,
                         entries_NJ1,
                         place_to_row,
                         entries_R,
@@ -303,8 +364,10 @@ def _refine_block(gram_MM, alone_BM, entries_BN, rounds, kept):
                         rows_L1,
                     )
                     C = _entries_in_use(
-                        places_GAL[second, :A, :L],
-                        second * L,
+                        places_GAL,
+                        second,
+                        A,
+                        L,
                         entries_NJ1,
                         place_to_row,
                         entries_C,
@@ -313,8 +376,10 @@ def _refine_block(gram_MM, alone_BM, entries_BN, rounds, kept):
                     )
                     _move_products(
                         gram_MM,
+                        A,
+                        L,
                         entries_R,
-                        row_AL[:A, :L],
+                        row_AL,
                         rows_L1,
                         entries_C,
                         C,
@@ -323,15 +388,16 @@ def _refine_block(gram_MM, alone_BM, entries_BN, rounds, kept):
                         sum_C,
                         product_CA,
                     )
+                    # Where A is no multiple of 16, the next row overwrites what is too much.
                     for b in range(A):
-                        error_A = error_AA[b * A : (b + 1) * A]
-                        for a in range(A):
-                            error_A[a] = error_GA[first, a] + error_GA[second, b]
-                        for l in range(L):
-                            product_A = product_CA[column_AL[b, l]]
-                            for a in range(A):
-                                error_A[a] += product_A[a]
-                    whole &= _smallest(error_AA[: A * A], keep, padded, chosen)
+                        for a in range(0, A, _LANES):
+                            here = b * A + a
+                            _copy_plus(
+                                error_AA, here, error_GA, first * wide + a, error_GA[second, b]
+                            )
+                            for l in range(L):
+                                _add(error_AA, here, product_CA, column_AL[b, l] * wide + a)
+                    whole &= _smallest(error_AA, 0, A * A, keep, padded, chosen)
                     if not whole:
                         break
                     for i in range(keep):
@@ -348,8 +414,8 @@ def _refine_block(gram_MM, alone_BM, entries_BN, rounds, kept):
             if whole:
                 for n in range(N):
                     entry = entries_NJ1[n, places_GAL[0, 0, n]]
-                    moved |= entry != entries_N[n]
-                    entries_N[n] = entry
+                    moved |= entry != entries_BN[frame, n]
+                    entries_BN[frame, n] = entry
 
 
 def refine_entries(
