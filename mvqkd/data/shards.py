@@ -177,8 +177,8 @@ def _seconds(cuts: CutSet) -> float:
 class _Progress:
     def __init__(self, what: str, left: list[Job], num_sharers: int = 1) -> None:
         self._what, self._number, self._done = what, 0, 0.0
+        self._count = len(left)
         # The share of this process, about.
-        self._count = -(-len(left) // num_sharers)
         self._total = sum(_seconds(cuts) for _, cuts in left) / num_sharers
         self._started = time.monotonic()
 
