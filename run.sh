@@ -29,6 +29,8 @@ device=auto          # auto|cpu|cuda: where to run
 teacher=""           # a file of conf/teacher/, without .yaml; the recipe's where empty
 teacher_dir=""       # its folder or fairseq checkpoint, instead of what that file names
 train_teacher=false  # train the embedded teacher anew instead of taking the shipped one
+label_launcher=""    # starts stage 5: "torchrun --nproc-per-node 4 --no-python" for four GPUs, or
+                     # "local/slurm_array.sh 16 --gpus-per-task=1 --" for an array of 16 tasks
 labels=mvq           # name of the set of labels that is dumped and learned from
 students=""          # which of the recipe's students; all where empty
 num_workers=2        # processes of stage 0
@@ -161,7 +163,8 @@ if on 4; then
 fi
 if on 5; then
     # shellcheck disable=SC2046
-    step "labels-$labels" "quantizer-$labels features" "$data/labels/$labels" \
+    launcher=$label_launcher step "labels-$labels" "quantizer-$labels features" \
+        "$data/labels/$labels $data/labels/$labels/train.jsonl.gz" \
         python3 local/dump_labels.py $(conf labels) --teacher "$exp/teacher" \
         --quantizer "$quantizer" --train_manifest "$data/fbank/train.jsonl.gz" \
         --out "$data/labels/$labels/train.jsonl.gz" --device "$device"

@@ -91,7 +91,7 @@ def _end_cleanly_on_sigterm() -> None:
 def run(main: Callable[[T], None], settings_class: type[T]) -> None:
     """Parse the command line, call ``main`` and exit: 0, or 1 after one line on stderr.
 
-    Under torchrun the line goes to its error file: several processes may come to the same error.
+    Under `mvqkd.launch` it prints the line: several processes may come to the same error.
     """
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     debug = "--debug" in sys.argv
@@ -103,7 +103,8 @@ def run(main: Callable[[T], None], settings_class: type[T]) -> None:
         if debug:
             raise
         message = f"{sys.argv[0]}: {error}"
-        if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        if "MVQKD_LAUNCH" in os.environ:
+            error_file = os.environ["TORCHELASTIC_ERROR_FILE"]
             record = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
             with open(error_file, "w") as file:
                 json.dump({"message": record}, file)

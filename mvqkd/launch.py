@@ -28,6 +28,7 @@ def main(args: list[str] | None = None) -> int:
     """The exit status: 0, or that of the first process that failed."""
     # As torchrun would set it, which says so at length.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["MVQKD_LAUNCH"] = "1"  # read by mvqkd.cli
     # How each of the processes was ended; the message of the first to fail says why.
     logging.disable(logging.ERROR)
     try:

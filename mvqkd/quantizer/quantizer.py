@@ -5,9 +5,7 @@ Distillation", ICASSP 2023 (arXiv 2211.00508), section 3. Interface, file format
 the search are those of the authors' package ``multi_quantization``.
 
 Shapes: B frames (any leading dimensions flattened), D dimension of a frame, N codebooks,
-K entries per codebook, M = N * K centers of all codebooks together. In the search: P pairs of
-groups, L codebooks per group, J candidates per codebook (and J1 = J + 1 with the current entry),
-A candidates per group (and A1 = A + 1 with the current one).
+K entries per codebook.
 """
 
 from __future__ import annotations
@@ -25,10 +23,7 @@ from torch.nn import functional as F
 
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
-
-# Bytes that the search may hold beside its input, output and tables. On the CPU about what the
-# caches hold; a GPU needs more frames at once to be busy.
-_SEARCH_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+from mvqkd.quantizer.search import SearchTables
 
 # The scales are learned as scale = exp(10 * parameter): a higher learning rate for them.
 _SCALE_SPEED = 10.0
@@ -50,165 +45,6 @@ def _require_power_of_two(**values: int) -> None:
                 f"{name}: {value} is not a power of two; use 1, 2, 4, 8, 16, 32 codebooks "
                 "of 16 or 256 entries"
             )
-
-
-def num_candidates(num_combined: int, codebook_size: int) -> int:
-    """Candidates kept per group of ``num_combined`` codebooks: doubled for each factor of 4,
-    so that the work per level of the search stays about the same."""
-    base = 8 if codebook_size <= 16 else 16
-    return min(base << (int(math.log2(num_combined)) // 2), 128)
-
-
-class SearchTables:
-    """What the search needs to know of the centers, and the search itself.
-
-    The squared error of a choice of one center per codebook is a sum of inner products between
-    chosen centers, and between them and the frame. Both are looked up: the first in the Gram
-    matrix of all centers, the second in one product of the frame with all centers. No vector of
-    dimension D is touched after that product.
-
-    Each codebook is made zero-mean first (the frame is moved by the sum of the means), which
-    changes no difference between entries of a codebook, hence no decision, and keeps the table
-    entries small against float32 rounding.
-
-    Args:
-      centers_NKD: the centers in use, their scale applied.
-    """
-
-    def __init__(self, centers_NKD: Tensor):
-        N, K, D = centers_NKD.shape
-        means_ND = centers_NKD.mean(dim=1)
-        self.num_codebooks, self.codebook_size = N, K
-        self.offset_D = means_ND.sum(dim=0)
-        self.centers_MD = (centers_NKD - means_ND[:, None]).reshape(N * K, D)
-        gram_MM = self.centers_MD @ self.centers_MD.t()
-        self.half_sumsq_M = 0.5 * gram_MM.diagonal().clone()
-        # An entry replaces the one of its own codebook, so they never meet in a sum: with these
-        # blocks zero, a sum over all codebooks is one over the other codebooks.
-        blocks = gram_MM.view(N, K, N, K)
-        each = torch.arange(N, device=gram_MM.device)
-        blocks[each, :, each] = 0.0
-        self.gram_MM = gram_MM
-        self.first_N = torch.arange(0, N * K, K, device=gram_MM.device, dtype=torch.int32)
-
-    def chunk_frames(self) -> int:
-        """How many frames fit the search's share of memory."""
-        N, K = self.num_codebooks, self.codebook_size
-        J1 = min(K, num_candidates(1, K)) + 1
-        pairs_per_frame = N // 2 * J1 * J1 * max(N // 2, 1)
-        bytes_per_frame = 16 * N * K + 12 * pairs_per_frame + 4 * self.centers_MD.shape[1]
-        budget = _SEARCH_BYTES.get(self.gram_MM.device.type, _SEARCH_BYTES["cuda"])
-        return max(1, budget // bytes_per_frame)
-
-    def refine(self, x_BD: Tensor, indexes_BN: Tensor, rounds: int) -> Tensor:
-        """``rounds`` rounds of the search from ``indexes_BN`` (int64); returns int64 (B, N)."""
-        if rounds <= 0 or x_BD.shape[0] == 0:
-            return indexes_BN
-        refined = []
-        size = self.chunk_frames()
-        for x_bD, indexes_bN in zip(x_BD.split(size), indexes_BN.split(size)):
-            product_bM = (x_bD - self.offset_D) @ self.centers_MD.t()
-            alone_bM = self.half_sumsq_M - product_bM
-            entries_bN = indexes_bN.int() + self.first_N
-            for _ in range(rounds):
-                entries_bN = self._round(alone_bM, entries_bN)
-            refined.append(entries_bN - self.first_N)
-        return torch.cat(refined).long()
-
-    def _round(self, alone_BM: Tensor, entries_BN: Tensor) -> Tensor:
-        """One round: the best candidates of each codebook with the others held, then of pairs of
-        codebooks, of fours, and so on until one choice for all of them is left.
-
-        Args:
-          alone_BM: half the squared length of every center less its product with the frame.
-          entries_BN: rows of the tables in use now (int32).
-        """
-        B, N = entries_BN.shape
-        K, M = self.codebook_size, N * self.codebook_size
-        # Half the squared error with one entry replaced, up to a constant per codebook.
-        error_BNK = (F.embedding_bag(entries_BN, self.gram_MM, mode="sum") + alone_BM).view(B, N, K)
-        if N == 1:
-            return error_BNK.argmin(dim=2).int()
-        J = min(K, num_candidates(1, K))
-        if K > J:
-            error_BNA, chosen_BNJ = error_BNK.topk(J, dim=2, largest=False, sorted=False)
-            chosen_BNJ = chosen_BNJ.int()
-        else:
-            error_BNA = error_BNK
-            chosen_BNJ = torch.arange(K, device=error_BNK.device, dtype=torch.int32).expand(B, N, K)
-        # The current entry goes last. Codebook first, so that the look-ups below stay within a
-        # few blocks of the Gram matrix at a time, which then stay in the cache.
-        J1 = J + 1
-        entries_NBJ1 = torch.cat(
-            (chosen_BNJ + self.first_N[:, None], entries_BN[:, :, None]), dim=2
-        ).transpose(0, 1)
-        entries_NBJ1 = entries_NBJ1.contiguous()
-
-        # Candidates of a group: for each of its L codebooks, a place among that codebook's J1.
-        error_GBA = error_BNA.transpose(0, 1)
-        places_GBA1L = torch.arange(J1, device=error_BNK.device, dtype=torch.int32)
-        places_GBA1L = places_GBA1L[:, None].expand(N, B, J1, 1)
-        L, P = 1, N // 2
-        while True:
-            A = error_GBA.shape[2]
-            error_PXBA = error_GBA.unflatten(0, (P, 2))
-            places_PXBA1L = places_GBA1L.unflatten(0, (P, 2))
-            entries_PXLBJ1 = entries_NBJ1.view(P, 2, L, B, J1)
-            rows_PLBJ1 = entries_PXLBJ1[:, 0] * M
-            columns_PBLJ1 = entries_PXLBJ1[:, 1].transpose(1, 2)
-            where = rows_PLBJ1[..., None, None] + columns_PBLJ1[:, None, :, None]
-            gram = self.gram_MM.view(-1).index_select(0, where.view(-1)).view(P, L, B, J1, L * J1)
-            product_PBAA = self._group_products(gram, places_PXBA1L)
-            # Moving both groups at once: what moving each gives, and the product of the moves
-            # (candidate less current entry, which is the last row and column).
-            product_PBAA = (
-                product_PBAA[:, :, :A, :A] - product_PBAA[:, :, A:, :A] - product_PBAA[:, :, :A, A:]
-            )
-            error_PBC = (
-                product_PBAA + error_PXBA[:, 0, :, :, None] + error_PXBA[:, 1, :, None, :]
-            ).flatten(2)
-            kept = 1 if P == 1 else min(A * A, num_candidates(2 * L, K))
-            if kept == 1:
-                error_GBA, chosen_PBA = error_PBC.min(dim=2, keepdim=True)
-            elif kept < A * A:
-                error_GBA, chosen_PBA = error_PBC.topk(kept, dim=2, largest=False, sorted=False)
-            else:
-                error_GBA = error_PBC
-                chosen_PBA = torch.arange(kept, device=where.device).expand(P, B, kept)
-            # The current one stays last: candidate A of both groups.
-            first = F.pad(chosen_PBA // A, (0, 1), value=A)[..., None].expand(-1, -1, -1, L)
-            second = F.pad(chosen_PBA % A, (0, 1), value=A)[..., None].expand(-1, -1, -1, L)
-            places_GBA1L = torch.cat(
-                (places_PXBA1L[:, 0].gather(2, first), places_PXBA1L[:, 1].gather(2, second)), dim=3
-            )
-            if P == 1:
-                return entries_NBJ1.permute(1, 0, 2).gather(2, places_GBA1L[0, :, :1].mT.long())[
-                    :, :, 0
-                ]
-            L, P = 2 * L, P // 2
-
-    @staticmethod
-    def _group_products(gram: Tensor, places_PXBA1L: Tensor) -> Tensor:
-        """Inner products (P, B, A1, A1) of the sums of centers that two groups' candidates stand
-        for, from those of single entries (P, L, B, J1, L * J1)."""
-        P, L, B, J1, LJ1 = gram.shape
-        if L == 1:
-            return gram.view(P, B, J1, J1)
-        A1 = places_PXBA1L.shape[3]
-
-        def numbers(*shape: int, step: int) -> Tensor:
-            count = math.prod(shape)
-            return torch.arange(0, count * step, step, device=gram.device, dtype=torch.int32).view(
-                shape
-            )
-
-        # Sum over the first group's codebooks, then over the second's.
-        rows = places_PXBA1L[:, 0] + numbers(P, L, B, step=J1).permute(0, 2, 1)[:, :, None]
-        half = F.embedding_bag(rows.view(-1, L), gram.view(-1, LJ1), mode="sum")
-        half = half.view(P, B, A1, LJ1).mT.contiguous()
-        rows = places_PXBA1L[:, 1] + numbers(P, B, 1, L, step=J1)
-        whole = F.embedding_bag(rows.view(-1, L), half.view(-1, A1), mode="sum")
-        return whole.view(P, B, A1, A1).mT
 
 
 class Quantizer(nn.Module):
@@ -333,18 +169,27 @@ class Quantizer(nn.Module):
         # The scale goes onto the smaller of the two factors; the product is the same.
         return self.to_logits((self.logits_scale * self.scale_speed).exp() * x_BD)
 
-    @torch.no_grad()
     def compute_indexes(self, x_BD: Tensor, refine_indexes_iters: int = 5) -> Tensor:
         """Codebook indexes, int64 (B, N), of frames (B, D)."""
+        indexes_BN = x_BD.new_empty((len(x_BD), self.num_codebooks), dtype=torch.int64)
+        return self._search_into(indexes_BN, x_BD, refine_indexes_iters)
+
+    @torch.no_grad()
+    def _search_into(self, codes_Bn: Tensor, x_BD: Tensor, rounds: int) -> Tensor:
+        tables = self.search_tables()
+        size = tables.chunk_frames()
         with torch.autocast(x_BD.device.type, enabled=False):
-            tables = self.search_tables()
-            chunks = []
-            for x_bD in x_BD.split(tables.chunk_frames()):
-                x_bD = x_bD.to(self.centers.dtype)
-                logits_bNK = self._logits(x_bD).unflatten(1, (self.num_codebooks, -1))
+            # Into a tensor made before: small results kept from each chunk would lie between the
+            # freed large ones, and the heap would grow with the number of chunks.
+            for x_bD, codes_bn in zip(x_BD.split(size), codes_Bn.split(size)):
+                logits_bNK = self._logits(x_bD.to(self.centers.dtype)).unflatten(
+                    1, (self.num_codebooks, -1)
+                )
                 first_bN = logits_bNK.argmax(dim=2)
-                chunks.append(tables.refine(x_bD.float(), first_bN, refine_indexes_iters))
-        return torch.cat(chunks)
+                del logits_bNK
+                indexes_bN = tables.refine(x_bD.float(), first_bN, rounds)
+                codes_bn.copy_(self._pack(indexes_bN, codes_bn.shape[1]))
+        return codes_Bn
 
     def encode(self, x: Tensor, refine_indexes_iters: int = 5, as_bytes: bool = True) -> Tensor:
         """Codebook indexes of frames.
@@ -359,16 +204,24 @@ class Quantizer(nn.Module):
           RecipeError: the last dimension is not D.
           ValueError: ``as_bytes`` with K above 256.
         """
-        if as_bytes and self.codebook_size > 256:
-            raise ValueError(f"an index below {self.codebook_size} does not fit a byte")
-        indexes = self.compute_indexes(self._flatten(x), refine_indexes_iters)
+        x_BD = self._flatten(x)
+        per_code, dtype = 1, torch.int64
         if as_bytes:
-            size = self.codebook_size
-            while size * size <= 256 and indexes.shape[1] > 1:
-                indexes = indexes[:, ::2] + size * indexes[:, 1::2]
-                size *= size
-            indexes = indexes.to(torch.uint8)
-        return indexes.view(*x.shape[:-1], indexes.shape[1])
+            if self.codebook_size > 256:
+                raise ValueError(f"an index below {self.codebook_size} does not fit a byte")
+            while self.codebook_size ** (2 * per_code) <= 256 and per_code < self.num_codebooks:
+                per_code *= 2
+            dtype = torch.uint8
+        codes_Bn = x_BD.new_empty((len(x_BD), self.num_codebooks // per_code), dtype=dtype)
+        self._search_into(codes_Bn, x_BD, refine_indexes_iters)
+        return codes_Bn.view(*x.shape[:-1], codes_Bn.shape[1])
+
+    def _pack(self, indexes_BN: Tensor, num_codes: int) -> Tensor:
+        size = self.codebook_size
+        while indexes_BN.shape[1] > num_codes:
+            indexes_BN = indexes_BN[:, ::2] + size * indexes_BN[:, 1::2]
+            size *= size
+        return indexes_BN
 
     def decode(self, indexes: Tensor) -> Tensor:
         """Sum of the centers that the indexes name; differentiable in the centers.

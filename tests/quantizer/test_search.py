@@ -1,0 +1,188 @@
+"""The search against the authors' package, in both its forms, and what it holds and survives."""
+
+import re
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvqkd.quantizer.quantizer import Quantizer
+from mvqkd.quantizer.search import SearchTables, num_candidates
+from mvqkd.quantizer.search_cpu import _compiled
+from tests.quantizer.peer import frames_for, pair
+
+
+def _squared_error(quantizer, x, indexes):
+    return ((quantizer.decode(indexes) - x).double() ** 2).sum(dim=1)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def form(request, monkeypatch):
+    """Both forms on the CPU; a GPU has the second."""
+    if request.param == "torch":
+        monkeypatch.setattr(SearchTables, "_refine_compiled", SearchTables._refine_torch)
+
+
+@pytest.mark.parametrize("num_codebooks", [2, 4, 8, 16, 32])
+@pytest.mark.parametrize("codebook_size", [16, 256])
+def test_indexes_are_the_peers(form, num_codebooks, codebook_size):
+    # The peer holds a vector per candidate: few frames where it would take long.
+    ours, peer = pair(num_codebooks, codebook_size, dim=24)
+    x = frames_for(ours, 2400 // num_codebooks if codebook_size == 16 else 192 // num_codebooks)
+    expected = peer._compute_indexes(x, 0)
+    for rounds in range(6):
+        if rounds:
+            expected = peer._refine_indexes(x, expected)
+        found = ours.encode(x, refine_indexes_iters=rounds, as_bytes=False)
+        # A frame may differ where two choices tie within rounding.
+        different = (expected != found).any(dim=1)
+        assert different.float().mean() <= 0.001
+        torch.testing.assert_close(
+            _squared_error(ours, x, found)[different],
+            _squared_error(ours, x, expected)[different],
+            rtol=1e-4,
+            atol=1e-4,
+        )
+
+
+@pytest.mark.parametrize("num_codebooks,codebook_size", [(2, 256), (8, 16), (4, 256)])
+def test_differences_from_the_peer_are_ties(form, num_codebooks, codebook_size):
+    # Each center is there twice: every choice is a tie, and which is taken is up to rounding.
+    ours, peer = pair(num_codebooks, codebook_size, dim=24)
+    with torch.no_grad():
+        peer.centers[:, codebook_size // 2 :] = peer.centers[:, : codebook_size // 2]
+    ours.load_state_dict(peer.state_dict())
+    x = frames_for(ours, 60)
+    found, expected = ours.encode(x, 5, as_bytes=False), peer.encode(x, 5, as_bytes=False)
+    assert (found != expected).any()
+    half = codebook_size // 2
+    assert torch.equal(found % half, expected % half)
+    torch.testing.assert_close(
+        _squared_error(ours, x, found), _squared_error(ours, x, expected), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("num_codebooks", [2, 4, 8])
+@pytest.mark.parametrize("codebook_size", [2, 4, 8, 32, 128])
+def test_forms_agree_where_candidates_are_few_or_all(num_codebooks, codebook_size):
+    ours, _ = pair(num_codebooks, codebook_size, dim=8)
+    tables, x = ours.search_tables(), frames_for(ours, 100)
+    first = ours.encode(x, 0, as_bytes=False) + tables.first_N
+    alone = tables.half_sumsq_M - (x - tables.offset_D) @ tables.centers_MD.t()
+    for rounds in (1, 3):
+        by_torch = tables._refine_torch(alone, first.clone(), rounds)
+        assert torch.equal(tables._refine_compiled(alone, first.clone(), rounds), by_torch)
+
+
+@pytest.mark.parametrize("codebook_size", [2, 4, 8, 16])
+def test_two_small_codebooks_are_searched_exhaustively(codebook_size):
+    # With no more entries than candidates, one round is an exact search over all pairs.
+    ours = Quantizer(5, codebook_size, 2, torch.Generator().manual_seed(3))
+    kept = num_candidates(1, codebook_size)
+    x = torch.randn(50, 5, generator=torch.Generator().manual_seed(4))
+    every = torch.cartesian_prod(torch.arange(codebook_size), torch.arange(codebook_size))
+    least = torch.cdist(x, ours.decode(every)).square().min(dim=1).values
+    found = _squared_error(ours, x, ours.encode(x, 1, as_bytes=False)).float()
+    if codebook_size <= kept:
+        torch.testing.assert_close(found, least, rtol=1e-4, atol=1e-5)
+    else:
+        assert (found >= least - 1e-5).all()
+
+
+def test_one_codebook_finds_the_nearest_center():
+    ours = Quantizer(6, 16, 1, torch.Generator().manual_seed(0))
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    nearest = torch.cdist(x, ours.get_centers()[0]).argmin(dim=1)
+    assert torch.equal(ours.encode(x, 1, as_bytes=False)[:, 0], nearest)
+    assert torch.equal(ours.encode(x, 1)[:, 0], nearest.to(torch.uint8))
+
+
+def test_chunks_do_not_change_the_result(form, monkeypatch):
+    ours, _ = pair(8)
+    x = frames_for(ours, 101)
+    whole = ours.encode(x)
+    monkeypatch.setattr("mvqkd.quantizer.search._SEARCH_BYTES", {"cpu": 50_000, "cuda": 0})
+    assert SearchTables(ours.get_centers().detach()).chunk_frames() < 50
+    assert torch.equal(ours.encode(x), whole)
+    assert torch.equal(ours.encode(x[:0]), whole[:0])
+
+
+@pytest.mark.parametrize("num_codebooks", [1, 8, 32])
+def test_chunks_fit_their_share_of_memory(num_codebooks):
+    M, D, J1 = 256 * num_codebooks, 8, 17
+    compiled = SearchTables(torch.zeros(num_codebooks, 256, D)).chunk_frames()
+    # Logits, products with the centers; the frame as it is, in float32, and moved.
+    assert compiled >= 256
+    assert compiled * (2 * 4 * M + 3 * 4 * D) <= 32 * 2**20
+    # Not on the CPU, the scores twice more, and the look-ups of the last level in three forms.
+    by_torch = SearchTables(torch.zeros(num_codebooks, 256, D, device="meta")).chunk_frames()
+    assert by_torch >= 256
+    held = 4 * 4 * M + 3 * 4 * D + 3 * 4 * (num_codebooks // 2 * J1) ** 2
+    assert by_torch * held <= 512 * 2**20
+
+
+def test_memory_beyond_input_and_output_is_bounded():
+    ours = Quantizer(1280, 16, 4, torch.Generator().manual_seed(0))
+    frame = torch.randn(1, 1280, generator=torch.Generator().manual_seed(1))
+    ours.encode(frame.expand(9000, -1))
+
+    def peak_bytes():
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before = peak_bytes()
+    codes = ours.encode(frame.expand(100_000, -1))  # 512 MB, were it ever whole
+    assert codes.shape == (100_000, 2)
+    assert peak_bytes() - before < 64 * 2**20
+
+
+def test_threads_do_not_change_the_result(threads):
+    ours, _ = pair(8)
+    x = frames_for(ours, 300)
+    threads(1)
+    alone = ours.encode(x)
+    threads(3)
+    assert torch.equal(ours.encode(x), alone)
+    found = {}
+
+    def encode(name):
+        found[name] = ours.encode(x)
+
+    several = [threading.Thread(target=encode, args=(name,)) for name in range(3)]
+    for thread in several:
+        thread.start()
+    for thread in several:
+        thread.join()
+    assert len(found) == 3 and all(torch.equal(codes, alone) for codes in found.values())
+
+
+def test_a_frame_that_is_no_numbers_harms_no_other():
+    ours, _ = pair(8, 256)
+    x = frames_for(ours, 40)
+    expected = ours.encode(x)
+    bad = x.clone()
+    bad[3], bad[7, 2], bad[11], bad[12, 5] = float("nan"), float("inf"), 3e38, -float("inf")
+    found = ours.encode(bad)
+    sound = torch.ones(40, dtype=torch.bool)
+    sound[[3, 7, 11, 12]] = False
+    assert torch.equal(found[sound], expected[sound])
+    ours.decode(found)
+
+
+def test_a_search_that_cannot_be_kept_is_compiled_anew():
+    # A function without a file has no folder beside it, as in one that cannot be written.
+    names = {}
+    exec(compile("def successor(n): return n + 1", "<string>", "exec"), names)
+    with pytest.warns(UserWarning, match="NUMBA_CACHE_DIR"):
+        successor = _compiled("int64(int64)")(names["successor"])
+    assert successor(2) == 3
