@@ -52,6 +52,16 @@ class _Sink(io.FileIO):
                 self.error = error
         return len(view)
 
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
+
+    def flush(self) -> None:
+        """Nothing is held back. In a forked process h5py did not find the inherited one."""
+
     def readinto(self, buffer) -> int:
         count = super().readinto(buffer)
         if self.error is not None:  # part of it was never written
