@@ -119,16 +119,31 @@ if on 0; then
         --dl-dir "$dl_dir" --num-workers "$num_workers"
 fi
 
+# train_teacher NAME AFTER OPTION...
+train_teacher() {
+    local made=$1 after=$2
+    shift 2
+    # shellcheck disable=SC2086
+    step "$made" "$after" "$exp/$made $exp/$made-training" \
+        "${trainer[@]}" local/train_teacher.py "$@" \
+        --train_manifests "$(manifests $train_parts $pool_parts)" \
+        --dev_manifests "$(manifests $dev_parts)" \
+        --work_dir "$exp/$made-training" --out_dir "$exp/$made" --device "$device"
+}
+
 manifest_kind=manifests
 if on 1; then
     if [[ -z $teacher ]]; then
-        # shellcheck disable=SC2046,SC2086
-        step teacher "manifests" "$exp/teacher $exp/teacher-training" \
-            "${trainer[@]}" local/train_teacher.py $(conf teacher-training) \
-            ${teacher_init:+--init "$teacher_init"} \
-            --train_manifests "$(manifests $train_parts $pool_parts)" \
-            --dev_manifests "$(manifests $dev_parts)" \
-            --work_dir "$exp/teacher-training" --out_dir "$exp/teacher" --device "$device"
+        # From random weights first, unless the recipe has others to begin with.
+        if [[ -z $teacher_init ]]; then
+            teacher_init=$exp/teacher-first
+            # shellcheck disable=SC2046
+            train_teacher teacher-first manifests $(conf teacher-training)
+            tuned_after=teacher-first
+        fi
+        # shellcheck disable=SC2046
+        train_teacher teacher "${tuned_after:-manifests}" \
+            $(conf teacher-training teacher-tuning) --init "$teacher_init"
     else
         # Named to the step, which then knows when a folder or file has changed.
         named=$(sed -n 's/^teacher: *//p' "conf/$teacher_conf.yaml")

@@ -33,8 +33,6 @@ class Settings:
     # A teacher to go on from; none: random weights.
     init: str | None = None
     device: str = "auto"
-    # The layer whose output is distilled; used by the stages after this one.
-    layer: int = 1
     mask_inputs: bool = True
     # Each epoch has each utterance at one of these, at random.
     speed_factors: list[float] = field(default_factory=lambda: [1.0])
@@ -74,6 +72,8 @@ def main(settings: Settings) -> None:
         "epochs": settings.training.num_epochs,
         "dev": {key: round(log[-1][key], 2) for key in log[-1] if key.startswith("wer")},
     }
+    if settings.init and (made_from := Path(settings.init) / "origin.json").exists():
+        origin["init"] = json.loads(made_from.read_text())
     with written_aside(settings.out_dir) as aside:
         # Half precision halves the files; the indexes are made from what is stored.
         teacher.cpu().half().save(aside)

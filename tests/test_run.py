@@ -56,7 +56,8 @@ def test_leaves_what_each_stage_promises(finished, monkeypatch):
     originals = CutSet.from_file(data / "manifests/train-clean-100.jsonl.gz").to_eager()
     assert len(train) == 3 * len(originals)
     assert (data / "tokens/bpe.model").exists() and (data / "tokens/tokens.txt").exists()
-    assert json.loads((exp / "teacher/origin.json").read_text())["epochs"] == 2
+    teacher = json.loads((exp / "teacher/origin.json").read_text())
+    assert (teacher["epochs"], teacher["init"]["epochs"]) == (1, 2)
     assert set(json.loads((exp / "teacher-wer/wer.json").read_text())["wer"]) == set(TEST_PARTS)
     for part in TEST_PARTS:
         assert list((exp / "teacher-wer").rglob(f"wer-summary-{part}-*"))
@@ -68,6 +69,9 @@ def test_leaves_what_each_stage_promises(finished, monkeypatch):
     assert indexes_TN.dtype == np.uint8 and indexes_TN.shape[1] == 2 and indexes_TN.max() < 16
     results = json.loads((exp / "results.json").read_text())
     assert len(results["students"]) == len(STUDENTS)
+    made = [*results["students"], results["teacher"], results["quantizer"]]
+    assert all(one["origin"]["device"].startswith("cpu, ") for one in made)
+    assert [one["origin"]["seed"] for one in made] == [42] * len(STUDENTS) + [None, 0]
     for student in STUDENTS:
         for kind in ("recogs", "errs", "wer-summary"):
             for part in TEST_PARTS:

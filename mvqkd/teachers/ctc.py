@@ -129,7 +129,7 @@ class CtcTask:
 
     def divisor(self, batch: AudioBatch) -> float:
         """The number of symbols, so that a step is as large for long batches as for short ones."""
-        return sum(len(text.upper()) for text in batch.texts)
+        return sum(len(text) for text in batch.texts)
 
     def validate(self) -> dict[str, float]:
         return {

@@ -13,7 +13,36 @@ import torch
 from torch.optim import Optimizer
 
 
-class Eve(Optimizer):
+class _OfAdamsKind(Optimizer):
+    """What the optimizers below have in common; a subclass has ``_update_group``."""
+
+    def __init__(self, params: Iterable, lr: float, betas: tuple[float, float], eps: float, **rest):
+        if lr < 0.0 or eps < 0.0 or not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(
+                f"{type(self).__name__}: lr {lr}, betas {betas} or eps {eps} is out of range"
+            )
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, **rest})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None):
+        """One update; parameters without a gradient are left as they are."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if any(p.grad.is_sparse for p in params):
+                raise RuntimeError(f"{type(self).__name__} takes no sparse gradients")
+            if params:
+                self._update_group(params, group)
+        return loss
+
+    def _update_group(self, params: list[torch.Tensor], group: dict) -> None:
+        raise NotImplementedError
+
+
+class Eve(_OfAdamsKind):
     """Adam with a decay that only acts on large tensors, and bounded scalars.
 
     A tensor of more than one element is multiplied by ``1 - weight_decay`` while its root mean
@@ -43,43 +72,22 @@ class Eve(Optimizer):
         weight_decay: float = 1e-3,
         target_rms: float = 0.1,
     ):
-        if lr < 0.0 or eps < 0.0 or not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"Eve: lr {lr}, betas {betas} or eps {eps} is out of range")
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "target_rms": target_rms,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, lr, betas, eps, weight_decay=weight_decay, target_rms=target_rms)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], torch.Tensor] | None = None):
-        """One update; parameters without a gradient are left as they are."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            # Bias correction needs the tensor's own count of updates, which differs between
-            # tensors where some batches give some of them no gradient.
-            by_step: dict[int, list[torch.Tensor]] = {}
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.is_sparse:
-                    raise RuntimeError("Eve takes no sparse gradients")
-                state = self.state[p]
-                if not state:
-                    state["step"] = 0
-                    state["exp_avg"] = torch.zeros_like(p)
-                    state["exp_avg_sq"] = torch.zeros_like(p)
-                state["step"] += 1
-                by_step.setdefault(state["step"], []).append(p)
-            for step, params in by_step.items():
-                self._update(params, step, group)
-        return loss
+    def _update_group(self, params: list[torch.Tensor], group: dict) -> None:
+        # Bias correction needs the tensor's own count of updates, which differs between
+        # tensors where some batches give some of them no gradient.
+        by_step: dict[int, list[torch.Tensor]] = {}
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["step"] = 0
+                state["exp_avg"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = torch.zeros_like(p)
+            state["step"] += 1
+            by_step.setdefault(state["step"], []).append(p)
+        for step, of_step in by_step.items():
+            self._update(of_step, step, group)
 
     def _update(self, params: list[torch.Tensor], step: int, group: dict) -> None:
         beta1, beta2 = group["betas"]
@@ -117,7 +125,7 @@ class Eve(Optimizer):
             torch._foreach_clamp_max_(scalars, self.scalar_max)
 
 
-class ScaledAdam(Optimizer):
+class ScaledAdam(_OfAdamsKind):
     """Adam whose steps are relative to the size of a tensor, and which learns that size.
 
     A tensor is its root mean square r times a direction. Adam's step, times r, changes the
@@ -154,39 +162,24 @@ class ScaledAdam(Optimizer):
         clipping_scale: float = 2.0,
         clipping_window: int = 100,
     ):
-        if lr < 0.0 or eps < 0.0 or not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"ScaledAdam: lr {lr}, betas {betas} or eps {eps} is out of range")
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "scale_speed": scale_speed,
-            "min_rms": min_rms,
-            "max_rms": max_rms,
-            "scalar_max": scalar_max,
-            "clipping_scale": clipping_scale,
-            "clipping_window": clipping_window,
-        }
-        super().__init__(params, defaults)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            scale_speed=scale_speed,
+            min_rms=min_rms,
+            max_rms=max_rms,
+            scalar_max=scalar_max,
+            clipping_scale=clipping_scale,
+            clipping_window=clipping_window,
+        )
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], torch.Tensor] | None = None):
-        """One update; parameters without a gradient are left as they are."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            if any(p.grad.is_sparse for p in params):
-                raise RuntimeError("ScaledAdam takes no sparse gradients")
-            rms = {p: (p.square().mean()).sqrt() for p in params if p.numel() > 1}
-            clip = self._clip(group, params, rms)
-            for p in params:
-                self._update(p, p.grad if clip is None else p.grad * clip, rms.get(p), group)
-        return loss
+    def _update_group(self, params: list[torch.Tensor], group: dict) -> None:
+        rms = {p: (p.square().mean()).sqrt() for p in params if p.numel() > 1}
+        clip = self._clip(group, params, rms)
+        for p in params:
+            self._update(p, p.grad if clip is None else p.grad * clip, rms.get(p), group)
 
     def _clip(
         self, group: dict, params: list[torch.Tensor], rms: dict[torch.Tensor, torch.Tensor]

@@ -63,6 +63,12 @@ def test_sentences_belong_to_one_split():
     assert all(word in grammar.vocabulary() for text in said["test"] for word in text.split())
 
 
+def test_vocabulary_is_of_words_that_can_be_said():
+    classes = {"NAME": ["anna", "peter"], "VERB": ["ran"], "MONTH": ["may"]}
+    grammar = Grammar(GrammarSettings(classes, ["NAME VERB again?"], num_words={"NAME": 1}))
+    assert grammar.vocabulary() == {"anna", "ran", "again"}
+
+
 def test_sizes_ask_for_enough_words_and_voices():
     full, small = conf_of("full"), conf_of("small")
     assert len(Grammar(full.grammar).vocabulary()) >= 300
