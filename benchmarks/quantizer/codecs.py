@@ -9,8 +9,8 @@
 Frames are 40-bin filterbanks stacked over 10 frames (D = 400), and embeddings of the shipped
 teacher, both of a folder of WAV files such as the Free Spoken Digit Dataset's. Whole recordings are
 held out, and the relative reconstruction loss (RRL) is that of their frames, against the mean of
-the others. Each quantizer is trained and encodes in a process of its own; its memory is the growth of
-that process. ``--peer-steps`` adds the authors' package, trained by as many steps in each phase.
+the others. Each quantizer is trained and encodes in a process of its own, whose growth is its
+memory. ``--peer-steps`` adds the authors' package, trained by as many steps in each phase.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
-import resource
 import shlex
 import sys
 import time
@@ -156,12 +155,18 @@ def codecs(peer_steps: int) -> dict[str, Trainer]:
     return found
 
 
+def _status_kib(field: str) -> int:
+    # getrusage's peak is that of the parent where it is larger.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
 def _measure(
     trainer: Trainer, paths: tuple[Path, Path], num_bytes: int, seed: int, threads: int, pipe
 ) -> None:
     torch.set_num_threads(threads)
     train, unseen = (np.load(path) for path in paths)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _status_kib("VmRSS")
     wall, cpu = time.perf_counter(), time.process_time()
     encode, decode = trainer(train, num_bytes, seed)
     train_seconds = time.perf_counter() - wall, time.process_time() - cpu
@@ -169,7 +174,7 @@ def _measure(
     wall, cpu = time.perf_counter(), time.process_time()
     codes = encode(unseen)
     encode_seconds = time.perf_counter() - wall, time.process_time() - cpu
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    grown = _status_kib("VmHWM") - before
     assert codes.nbytes == num_bytes * len(unseen)
     error = np.square(decode(codes) - unseen, dtype=np.float64).sum()
     total = np.square(unseen - train.mean(axis=0, dtype=np.float64)).sum()
