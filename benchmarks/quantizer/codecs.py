@@ -197,11 +197,9 @@ def filterbanks(paths: list[Path]) -> np.ndarray:
     return np.concatenate(pieces).astype(np.float32)
 
 
-def embeddings(paths: list[Path], teacher_path: Path, layer: int | None) -> np.ndarray:
+def embeddings(paths: list[Path], teacher_path: Path, layer: int) -> np.ndarray:
     """A teacher's embeddings (F, D) of recordings at 16 kHz."""
     teacher = load_teacher(str(teacher_path))
-    # The layer that the recipe takes of HuBERT X-Large is at three quarters.
-    layer = layer or round(0.75 * teacher.num_layers)
     pieces = []
     for path in paths:
         waveform_1L = _read(path, 16000)
@@ -263,7 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recordings", type=Path, required=True, help="folder of WAV files")
     parser.add_argument("--teacher", type=Path, default=TEACHER)
-    parser.add_argument("--layer", type=int, help="of the teacher; default: at three quarters")
+    parser.add_argument("--layer", type=int, default=5, help="of the teacher")
     parser.add_argument("--frames", nargs="+", choices=("fbank", "teacher"), default=None)
     parser.add_argument("--bytes", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--only", nargs="+", metavar="CODEC", help="begin of names; default: all")

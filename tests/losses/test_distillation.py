@@ -1,16 +1,21 @@
 """Distillation from stored indexes: pairing in time, losses by hand, gradients."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from lhotse import Fbank, FbankConfig
 from torch.nn import functional as F
 
+from mvqkd.data.datamodule import SpecAugmentSettings
 from mvqkd.data.labels import IGNORED
 from mvqkd.errors import RecipeError
 from mvqkd.losses.distillation import Distillation, DistillationSettings, Pairing
 from mvqkd.quantizer import Quantizer
 from mvqkd.students.conformer import Conformer, ConformerSettings
+from mvqkd.students.task import StudentTask
+from mvqkd.students.transducer import TransducerSettings
 from mvqkd.teachers.hubert import HubertTeacher
 from tests.conftest import tiny_hubert
 
@@ -238,3 +243,30 @@ def test_ignored_frames_count_nothing(parts, kind):
         torch.testing.assert_close(sum(alone), loss)
         nothing_BUN = torch.full_like(labels_BUN, IGNORED)
         assert distilled.loss(middle_BTC, lens_B, nothing_BUN)[0] == 0
+
+
+def test_training_logs_the_accuracy_of_each_codebook(parts):
+    quantizer, meta, middle_BTC, lens_B, labels_BUN = parts
+    distilled = distillation("mvq", quantizer, meta)
+    task = StudentTask(
+        torch.nn.Identity(),
+        TransducerSettings(),
+        SimpleNamespace(seconds=1.0),
+        {},
+        distilled,
+        SpecAugmentSettings(),
+        None,
+        torch.device("cpu"),
+    )
+    task._forward = lambda *args: SimpleNamespace(
+        simple_loss_B=torch.ones(3),
+        pruned_loss_B=torch.ones(3),
+        middle_outputs=[middle_BTC],
+        encoder_lens_B=lens_B,
+    )
+    batch = SimpleNamespace(features_BTF=torch.zeros(3, 30, 8), labels_BUN=labels_BUN)
+    _, figures = task.loss(batch, 1, 0.5)
+    _, accuracy_N = distilled.loss(middle_BTC, lens_B, labels_BUN)
+    # The loop divides by the weight.
+    logged = [figures[f"accuracy-{n}"] / figures["weight"] for n in range(N)]
+    assert logged == pytest.approx(accuracy_N.tolist())
