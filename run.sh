@@ -29,9 +29,12 @@ device=auto          # auto|cpu|cuda: where to run
 teacher=""           # a file of conf/teacher/, without .yaml; the recipe's where empty
 teacher_dir=""       # its folder or fairseq checkpoint, instead of what that file names
 train_teacher=false  # train the embedded teacher anew instead of taking the shipped one
+label_launcher=""    # starts stage 5: "torchrun --nproc-per-node 4 --no-python" for four GPUs, or
+                     # "local/slurm_array.sh 16 --gpus-per-task=1 --" for an array of 16 tasks
 labels=mvq           # name of the set of labels that is dumped and learned from
 students=""          # which of the recipe's students; all where empty
 num_workers=2        # processes of stage 0
+num_gpus=1           # of this host, that train one model together; on the CPU, processes
 num_jobs=2           # students that are trained at once on the CPU, threads shared among them
 # end of options
 
@@ -60,9 +63,17 @@ while read -r student confs; do
     student_confs[$student]=$confs
     student_names+=("$student")
 done <"$students_file"
-if ((num_jobs < 1 || num_workers < 1)); then
-    echo "$0: --num-jobs $num_jobs, --num-workers $num_workers: give at least 1 of each" >&2
+if ((num_jobs < 1 || num_workers < 1 || num_gpus < 1)); then
+    echo "$0: --num-jobs $num_jobs, --num-workers $num_workers, --num-gpus $num_gpus:" \
+        "give at least 1 of each" >&2
     exit 1
+fi
+# Training on several hosts: torchrun's own variables say which, see README.md.
+trainer=(python3)
+if [[ ${PET_NNODES:-1} != 1 ]]; then
+    trainer=(python3 -m mvqkd.launch --nproc-per-node "$num_gpus")
+elif ((num_gpus > 1)); then
+    trainer=(python3 -m mvqkd.launch --standalone --nproc-per-node "$num_gpus")
 fi
 known_students=${student_names[*]}
 [[ -z $students ]] || read -ra student_names <<<"$students"
@@ -88,9 +99,11 @@ fi
 
 # What made the results: the options that change them.
 invocation() {
+    local gpus_option=''
+    ((num_gpus == 1)) || gpus_option=" --num-gpus $num_gpus"
     echo "./run.sh --corpus $corpus${size:+ --size $size}${split:+ --split $split}" \
         "${teacher:+--teacher $teacher }${teacher_dir:+--teacher-dir $teacher_dir }--labels $labels" \
-        "${students:+--students \"$students\" }--train-teacher $train_teacher"
+        "${students:+--students \"$students\" }--train-teacher $train_teacher${gpus_option}"
 }
 
 manifests() {
@@ -111,7 +124,7 @@ if on 1; then
     if [[ -z $teacher ]]; then
         # shellcheck disable=SC2046,SC2086
         step teacher "manifests" "$exp/teacher $exp/teacher-training" \
-            python3 local/train_teacher.py $(conf teacher-training) \
+            "${trainer[@]}" local/train_teacher.py $(conf teacher-training) \
             ${teacher_init:+--init "$teacher_init"} \
             --train_manifests "$(manifests $train_parts $pool_parts)" \
             --dev_manifests "$(manifests $dev_parts)" \
@@ -150,7 +163,8 @@ if on 4; then
 fi
 if on 5; then
     # shellcheck disable=SC2046
-    step "labels-$labels" "quantizer-$labels features" "$data/labels/$labels" \
+    launcher=$label_launcher step "labels-$labels" "quantizer-$labels features" \
+        "$data/labels/$labels $data/labels/$labels/train.jsonl.gz" \
         python3 local/dump_labels.py $(conf labels) --teacher "$exp/teacher" \
         --quantizer "$quantizer" --train_manifest "$data/fbank/train.jsonl.gz" \
         --out "$data/labels/$labels/train.jsonl.gz" --device "$device"
@@ -167,7 +181,7 @@ train_student() {
     fi
     # shellcheck disable=SC2046,SC2086
     step "student-$student" "$after" "$exp/$student" \
-        python3 local/train_student.py $(conf $confs) "${kind_args[@]}" \
+        "${trainer[@]}" local/train_student.py $(conf $confs) "${kind_args[@]}" \
         --train_manifest "$manifest" --dev_manifests "$(manifests $dev_parts)" \
         --tokens_dir "$data/tokens" --exp_dir "$exp/$student" --device "$device"
 }
@@ -176,7 +190,7 @@ train_student() {
 # other with all threads.
 train_students() {
     local student cores running=0
-    if [[ $device == cuda || ($device == auto && -e /dev/nvidiactl) ]]; then
+    if [[ ${#trainer[@]} -gt 1 || $device == cuda || ($device == auto && -e /dev/nvidiactl) ]]; then
         num_jobs=1
     elif [[ -z ${OMP_NUM_THREADS:-} ]]; then
         cores=$(nproc)

@@ -11,7 +11,10 @@
 # recipe) are put aside (.before) until the new ones are whole, and put back if COMMAND fails
 # before it has made any of them, as for a mistyped conf; when it has not, a step that was
 # killed goes on with what it has left there. An output that ends in ? need not be there in
-# the end. Of two runs that come to the same step, the second waits for the first.
+# the end. Of two runs that come to the same step, the second waits for the first. $launcher
+# (words, empty by default) starts COMMAND, and is no part of the stamp either. Of several hosts
+# (PET_NODE_RANK, torchrun's number of this one) the first does all of this; the others only take
+# their part in the steps that train on all of them.
 
 log() {
     echo "$(date +%H:%M:%S) $*" >&2
@@ -119,6 +122,10 @@ _put_back() {
 step() {
     local name=$1 after=$2 outputs=$3 hash output whole=true started
     shift 3
+    if [[ ${PET_NODE_RANK:-0} != 0 ]]; then
+        [[ " $* " != *" mvqkd.launch "* ]] || attended "$@"
+        return
+    fi
     mkdir -p "$stamps"
     # Held by what the step starts too, should this shell be killed alone.
     exec {step_lock}>>"$stamps/.$name.lock"
@@ -143,7 +150,8 @@ step() {
     rm -f "$stamps/$name"
     log "$name: begins"
     started=$SECONDS
-    attended "$@" || {
+    # shellcheck disable=SC2086  # words
+    attended ${launcher:-} "$@" || {
         # shellcheck disable=SC2086
         _put_back ${outputs//\?/} || true
         log "$name: failed"

@@ -19,6 +19,7 @@ from mvqkd.device import describe_device, pick_device
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
 from mvqkd.losses.distillation import Distillation, DistillationSettings, Pairing
+from mvqkd.processes import is_main, num_processes
 from mvqkd.quantizer import load_quantizer
 from mvqkd.students.task import StudentTask
 from mvqkd.students.transducer import TransducerSettings, build_transducer
@@ -64,12 +65,25 @@ def make_distillation(settings: Settings, model, cuts) -> Distillation | None:
 
 def log_beside(exp_dir: Path) -> None:
     """Name the student in each line, and keep the lines in ``train.log``: others train beside."""
+    if not is_main():
+        return
     exp_dir.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
     root.addHandler(logging.FileHandler(exp_dir / "train.log"))
     form = logging.Formatter(f"%(asctime)s {exp_dir.name}: %(message)s", datefmt="%H:%M:%S")
     for handler in root.handlers:
         handler.setFormatter(form)
+
+
+def write_settings(settings: Settings, device: str) -> None:
+    document = {
+        "command": " ".join(sys.argv),
+        **asdict(settings),
+        "device": device,
+        "num_processes": num_processes(),
+    }
+    with written_aside(settings.exp_dir / "settings.json") as aside:
+        aside.write_text(json.dumps(document, indent=1, default=str) + "\n")
 
 
 def main(settings: Settings) -> None:
@@ -91,13 +105,8 @@ def main(settings: Settings) -> None:
         path.name.split(".")[0]: StudentData(read_cuts(path), tokens, settings.data, seed, False)
         for path in settings.dev_manifests
     }
-    with written_aside(settings.exp_dir / "settings.json") as aside:
-        document = {
-            "command": " ".join(sys.argv),
-            **asdict(settings),
-            "device": describe_device(device),
-        }
-        aside.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    if is_main():
+        write_settings(settings, describe_device(device))
     task = StudentTask(
         model,
         settings.model,
@@ -108,7 +117,9 @@ def main(settings: Settings) -> None:
         tokens,
         device,
     )
-    logging.info(f"{settings.exp_dir}: {task.epoch_seconds / 3600:.2f} hours an epoch, {device}")
+    if is_main():
+        hours = task.epoch_seconds / 3600
+        logging.info(f"{settings.exp_dir}: {hours:.2f} hours an epoch, {device}")
     train(task, settings.training, settings.exp_dir, device)
 
 

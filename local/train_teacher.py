@@ -13,6 +13,7 @@ from mvqkd import cli
 from mvqkd.data.manifests import read_cuts
 from mvqkd.device import describe_device, pick_device
 from mvqkd.files import written_aside
+from mvqkd.processes import is_main, num_processes
 from mvqkd.teachers import load_teacher
 from mvqkd.teachers.ctc import CtcTask, HubertSettings, new_hubert
 from mvqkd.training.checkpoint import load_checkpoint
@@ -58,6 +59,8 @@ def main(settings: Settings) -> None:
         settings.speed_factors,
     )
     train(task, settings.training, settings.work_dir, device)
+    if not is_main():
+        return
     last = load_checkpoint(settings.work_dir / f"epoch-{settings.training.num_epochs}.pt")
     teacher.load_state_dict(last["model"])
     log = [json.loads(line) for line in (settings.work_dir / "log.jsonl").open()]
@@ -65,6 +68,7 @@ def main(settings: Settings) -> None:
         "command": " ".join(sys.argv),
         "seed": seed,
         "device": describe_device(device),
+        "num_processes": num_processes(),
         "training_minutes": round(log[-1]["seconds"] / 60, 1),
         "speech_hours": round(task.epoch_seconds / 3600, 2),
         "epochs": settings.training.num_epochs,

@@ -17,10 +17,12 @@ options, win. A nested field is ``--a.b value``; an unknown key is an error.
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -87,7 +89,10 @@ def _end_cleanly_on_sigterm() -> None:
 
 
 def run(main: Callable[[T], None], settings_class: type[T]) -> None:
-    """Parse the command line, call ``main`` and exit: 0, or 1 after one line on stderr."""
+    """Parse the command line, call ``main`` and exit: 0, or 1 after one line on stderr.
+
+    Under `mvqkd.launch` it prints the line: several processes may come to the same error.
+    """
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     debug = "--debug" in sys.argv
     _end_cleanly_on_sigterm()
@@ -97,7 +102,14 @@ def run(main: Callable[[T], None], settings_class: type[T]) -> None:
     except RecipeError as error:
         if debug:
             raise
-        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        message = f"{sys.argv[0]}: {error}"
+        if "MVQKD_LAUNCH" in os.environ:
+            error_file = os.environ["TORCHELASTIC_ERROR_FILE"]
+            record = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+            with open(error_file, "w") as file:
+                json.dump({"message": record}, file)
+        else:
+            print(message, file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -13,15 +13,28 @@ from mvqkd.errors import RecipeError
 def pick_device(name: str) -> torch.device:
     """``auto`` (CUDA where it is, else the CPU), ``cpu`` or ``cuda``.
 
+    Of several processes that torchrun started on a host, each has its own CUDA device.
+
     Raises:
-      RecipeError: another name, or CUDA asked for where there is none.
+      RecipeError: another name, or CUDA asked for where there is none, or not enough of it.
     """
     if name not in ("auto", "cpu", "cuda"):
         raise RecipeError(f"--device {name}: not known; give auto, cpu or cuda")
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise RecipeError("--device cuda: PyTorch finds no CUDA device; use --device cpu")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    if not available or name == "cpu":
+        return torch.device("cpu")
+    local_rank = os.environ.get("LOCAL_RANK")
+    if local_rank is None:
+        return torch.device("cuda")
+    if int(local_rank) >= torch.cuda.device_count():
+        raise RecipeError(
+            f"--num-gpus: process {local_rank} of this host finds no device of its own among "
+            f"{torch.cuda.device_count()}; ask for as many as there are"
+        )
+    torch.cuda.set_device(int(local_rank))
+    return torch.device("cuda", int(local_rank))
 
 
 def has_bf16(device: torch.device) -> bool:

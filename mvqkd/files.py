@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import platform
@@ -12,14 +13,24 @@ from pathlib import Path
 
 from mvqkd.errors import RecipeError
 
+# No space left on the device, quota exceeded, file larger than allowed.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextlib.contextmanager
-def written_aside(path: Path | str) -> Iterator[Path]:
+def written_aside(path: Path | str, first_stays: bool = False) -> Iterator[Path]:
     """Give a temporary name beside ``path``; it takes the place of ``path`` on success.
 
     The temporary name keeps the suffixes of ``path`` (lhotse chooses a format by
     them). What it names may be a file or a folder. What killed processes of this
     machine have left of ``path`` is removed.
+
+    Args:
+      first_stays: a ``path`` that is there already, perhaps written by another process since,
+        is kept. Of files alone.
+
+    Raises:
+      RecipeError: the disk is full; nothing is left of what was half-written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,9 +45,28 @@ def written_aside(path: Path | str) -> Iterator[Path]:
         yield aside
         if path.is_dir():
             _remove(path)
-        os.replace(aside, path)
+        if not first_stays:
+            os.replace(aside, path)
+        elif not path.exists():
+            _link(aside, path)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise RecipeError(
+            f"{path}: cannot be written ({os.strerror(error.errno)}); make room on that disk and "
+            "start again: what is done is kept"
+        ) from error
     finally:
         _remove(aside)
+
+
+def _link(aside: Path, path: Path) -> None:
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(aside, path)
 
 
 def _is_alive(pid: int) -> bool:

@@ -10,7 +10,7 @@ from transformers import HubertForCTC
 
 from egs.mini.make_corpus import PartSettings, Settings, main
 from mvqkd.data.features import FeatureSettings, compute_features
-from mvqkd.data.labels import Dumper, LabelSettings, Origin, dump_labels
+from mvqkd.data.labels import CodebookIndexes, Dumper, LabelSettings, Origin, dump_labels
 from mvqkd.data.manifests import CheckSettings, prepare_part
 from mvqkd.data.synthesis import GrammarSettings
 from mvqkd.quantizer import Quantizer
@@ -101,5 +101,6 @@ def origin(quantizer):
 @pytest.fixture(scope="session")
 def labelled_cuts(corpus, feature_cuts, teacher, quantizer, origin):
     """With features and codebook indexes; not to be changed."""
-    dumper = Dumper(teacher, quantizer, origin, LabelSettings(refine_iters=1), CPU)
+    kinds = [CodebookIndexes(teacher, quantizer, origin, refine_iters=1)]
+    dumper = Dumper(kinds, LabelSettings(), CPU)
     return dump_labels(feature_cuts, corpus.parent / "labels/train.jsonl.gz", dumper, 5)

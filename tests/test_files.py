@@ -1,3 +1,4 @@
+import errno
 import os
 import platform
 import subprocess
@@ -63,3 +64,36 @@ def test_require(tmp_path):
         require(tmp_path, "look")
     (tmp_path / "file").write_text("x")
     assert require(tmp_path / "file", "look") == tmp_path / "file"
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_first_stays(tmp_path, monkeypatch, has_links):
+    def no_links(source, target):
+        raise PermissionError
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", no_links)
+    path = tmp_path / "name"
+    for content in ("first", "second"):
+        with written_aside(path, first_stays=True) as aside:
+            aside.write_text(content)
+    with written_aside(tmp_path / "other", first_stays=True) as aside:
+        aside.write_text("late")
+        (tmp_path / "other").write_text("written meanwhile")
+    assert path.read_text() == "first"
+    assert (tmp_path / "other").read_text() == "written meanwhile"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["name", "other"]
+
+
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    path = tmp_path / "name"
+    with pytest.raises(RecipeError) as caught, written_aside(path) as aside:
+        aside.write_text("half")
+        raise OSError(errno.ENOSPC, "whatever the library says\nin lines")
+    assert str(caught.value) == (
+        f"{path}: cannot be written (No space left on device); make room on that disk and start "
+        "again: what is done is kept"
+    )
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="Input/output"), written_aside(path):
+        raise OSError(errno.EIO, "Input/output error")

@@ -248,6 +248,7 @@ def test_help(finished):
         (("--corpus", "digits", "--teacher-dir", "x"), "/x: say with --teacher which"),
         ((*ARGS, "--students", "none nope"), "--students nope: not in"),
         ((*ARGS, "--num-jobs", "0"), "give at least 1"),
+        ((*ARGS, "--num-gpus", "0"), "give at least 1"),
         ((*ARGS, "--device", "tpu"), "'tpu' is none of auto, cpu, cuda"),
     ],
 )

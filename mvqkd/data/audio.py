@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,9 +59,19 @@ def collate_audio(cuts: CutSet, cache: dict[str, np.ndarray] | None = None) -> A
 
 
 def bucketed_batches(
-    cuts: CutSet, max_duration: float, seed: int, epoch: int, num_buckets: int = 20
+    cuts: CutSet,
+    max_duration: float,
+    seed: int,
+    epoch: int,
+    num_buckets: int = 20,
+    rank: int = 0,
+    num_processes: int = 1,
 ) -> Iterator[CutSet]:
-    """Batches of like durations, in an order that depends on (seed, epoch) alone."""
+    """Batches of like durations, in an order that depends on (seed, epoch) alone.
+
+    Of several processes each gets as many batches as the others, at any moment of like durations;
+    the last ones are split, and where there are too few cuts even for that, some are repeated.
+    """
     if len(cuts) == 1:  # lhotse wants a cut for each of at least two buckets
         return iter([cuts])
     with warnings.catch_warnings():
@@ -73,8 +83,26 @@ def bucketed_batches(
             shuffle=True,
             seed=seed,
             num_buckets=min(num_buckets, max(2, len(cuts) // 20)),
-            rank=0,
-            world_size=1,
+            rank=rank,
+            world_size=num_processes,
         )
     sampler.set_epoch(epoch)
     return iter(sampler)
+
+
+def largest_batches(batches: Iterable[CutSet]) -> list[CutSet]:
+    """Those of ``batches`` that are likely to need most memory, none twice.
+
+    By seconds with padding; by seconds times longest utterance, which attention grows with; and by
+    seconds times longest transcript, as the lattice of a transducer.
+    """
+    largest: dict[str, tuple[float, CutSet]] = {}
+    for cuts in batches:
+        longest = max(cut.duration for cut in cuts)
+        longest_text = max((len(s.text or "") for cut in cuts for s in cut.supervisions), default=0)
+        padded = len(cuts) * longest
+        sizes = {"all": padded, "attention": padded * longest, "lattice": padded * longest_text}
+        for kind, size in sizes.items():
+            if kind not in largest or size > largest[kind][0]:
+                largest[kind] = (size, cuts)
+    return list({id(cuts): cuts for _, cuts in largest.values()}.values())

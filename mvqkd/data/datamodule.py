@@ -5,6 +5,7 @@ B: utterances, T: feature frames, U: teacher frames, N: codebooks.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ import torch
 from lhotse import CutSet
 from lhotse.dataset import SpecAugment
 
-from mvqkd.data.audio import bucketed_batches
+from mvqkd.data.audio import bucketed_batches, largest_batches
 from mvqkd.data.labels import collate_indexes, load_indexes
 from mvqkd.errors import RecipeError
 
@@ -91,15 +92,37 @@ class StudentData:
         self._cache: dict[str, tuple] = {}
         self.seconds = sum(cut.duration for cut in cuts)
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[StudentBatch, float]]:
-        """(batch, its seconds of speech), in an order that depends on (seed, epoch) alone."""
+    def batches(
+        self, epoch: int, start: int = 0, rank: int = 0, num_processes: int = 1
+    ) -> Iterator[tuple[StudentBatch, float]]:
+        """(batch, its seconds of speech), in an order that depends on (seed, epoch) alone.
+
+        From batch ``start`` on of the share that process ``rank`` has of an epoch, see
+        :func:`mvqkd.data.audio.bucketed_batches`.
+        """
+        for cuts in itertools.islice(self._cut_batches(epoch, rank, num_processes), start, None):
+            yield self._collate(cuts), sum(cut.duration for cut in cuts)
+
+    def every_nth(self, first: int, n: int) -> Iterator[StudentBatch]:
+        """Batches ``first``, ``first + n``, ... of epoch 0: one of n shares that make the whole."""
+        for cuts in itertools.islice(self._cut_batches(epoch=0), first, None, n):
+            yield self._collate(cuts)
+
+    def largest(self) -> list[StudentBatch]:
+        """The batches of the first epoch that are likely to need most memory."""
+        return [self._collate(cuts) for cuts in largest_batches(self._cut_batches(epoch=1))]
+
+    def _cut_batches(self, epoch: int, rank: int = 0, num_processes: int = 1) -> Iterator[CutSet]:
         settings = self._settings
-        batches = bucketed_batches(
-            self._cuts, settings.max_duration, self._seed, epoch, settings.num_buckets
+        return bucketed_batches(
+            self._cuts,
+            settings.max_duration,
+            self._seed,
+            epoch,
+            settings.num_buckets,
+            rank,
+            num_processes,
         )
-        for index, cuts in enumerate(batches):
-            if index >= start:
-                yield self._collate(cuts), sum(cut.duration for cut in cuts)
 
     def _load(self, cut) -> tuple:
         if cut.id in self._cache:

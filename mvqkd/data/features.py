@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from lhotse import CutSet, Fbank, FbankConfig
+from lhotse.array import TemporalArray
 from lhotse.features.base import FeatureExtractor, Features
 from lhotse.utils import fastcopy
 
@@ -114,9 +115,10 @@ def perturb_speed(cuts: CutSet, factor: float) -> CutSet:
       RecipeError: a cut carries labels, which would stay at the old speed.
     """
     for cut in cuts:
-        if cut.custom and "codebook_indexes" in cut.custom:
+        labels = [k for k, v in (cut.custom or {}).items() if isinstance(v, TemporalArray)]
+        if labels:
             raise RecipeError(
-                f"cut {cut.id}: carries codebook indexes, which speed perturbation would leave "
+                f"cut {cut.id}: carries {labels[0]}, which speed perturbation would leave "
                 "at the old speed; perturb first, then dump the labels"
             )
     return cuts.perturb_speed(factor)

@@ -1,28 +1,38 @@
-"""Codebook indexes in manifests: dump, verify, load.
+"""Labels of a teacher in manifests: dump, join, verify, load.
 
-A label is the custom field ``codebook_indexes`` of a cut, a lhotse `TemporalArray` of
-uint8 (T_teacher, N), in the form that icefall's recipe reads. The custom field
-``codebook_indexes_origin`` beside it says what made it.
+A label is a custom field of the cut, a lhotse `TemporalArray` (T_teacher, columns). The field
+``codebook_indexes`` holds what the quantizer leaves of each frame, uint8 (T_teacher, N), in the
+form that icefall's recipe reads; other fields may hold the indexes or the embeddings of other
+layers and teachers. Beside each field, that of its name and ``_origin`` says what made it.
 
-N: codebooks, T: teacher frames, B: cuts.
+N: codebooks, T: teacher frames, D: dimension, F: frames of a batch, B: cuts.
 """
 
 from __future__ import annotations
 
+import bisect
+import hashlib
+import itertools
+import json
 import logging
+import re
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from lhotse import CutSet
 from lhotse.array import Array, TemporalArray
 from lhotse.cut import MixedCut, PaddingCut
+from lhotse.features.io import close_cached_file_handles
 from lhotse.utils import fastcopy
 
 from mvqkd.data.audio import collate_audio
-from mvqkd.data.shards import ArrayFile, map_shards
+from mvqkd.data.manifests import read_cuts, write_cuts
+from mvqkd.data.shards import ArrayFile, Shards
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
 from mvqkd.quantizer import Quantizer
@@ -34,6 +44,14 @@ FIELD = "codebook_indexes"
 ORIGIN_FIELD = "codebook_indexes_origin"
 # What padding is filled with: cross-entropy leaves it out. 0 would be a valid index.
 IGNORED = -100
+# How far the times of two cuts may lie apart that are the same (s): versions of lhotse round
+# differently.
+SAME_TIME = 0.005
+
+
+def origin_field(field: str) -> str:
+    """The field that says what made ``field``."""
+    return f"{field}_origin"
 
 
 @dataclass
@@ -42,8 +60,9 @@ class Origin:
 
     teacher: str
     layer: int
+    # The quantizer's id, or the type of embeddings that no quantizer has seen.
     quantizer: str
-    # sha256 of the quantizer's weights.
+    # sha256 of the quantizer's weights; empty without one.
     sha256: str
 
     @staticmethod
@@ -62,41 +81,141 @@ class LabelSettings:
     refine_iters: int = 5
 
 
-class Dumper:
-    """Gives cuts their labels, a shard at a time."""
+class CodebookIndexes:
+    """Labels of N bytes a frame: uint8 (T, N).
+
+    Raises:
+      RecipeError: an index does not fit a byte.
+    """
+
+    dtype = np.dtype(np.uint8)
 
     def __init__(
         self,
         teacher: Teacher,
         quantizer: Quantizer,
         origin: Origin,
-        settings: LabelSettings,
-        device: torch.device,
+        refine_iters: int = 5,
+        field: str = FIELD,
     ) -> None:
         if quantizer.codebook_size > 256:
             raise RecipeError(
                 f"quantizer {origin.quantizer}: an index of {quantizer.codebook_size} entries does "
                 "not fit a byte; use 256 or fewer"
             )
-        self._teacher, self._quantizer = teacher.to(device), quantizer.to(device)
-        self._origin, self._settings, self._device = origin, settings, device
+        self.teacher, self.origin, self.field = teacher, origin, field
+        self.columns = quantizer.num_codebooks
+        self._quantizer, self._refine_iters = quantizer, refine_iters
 
-    @torch.inference_mode()
-    def _indexes(self, cuts: CutSet) -> list[np.ndarray]:
-        batch = collate_audio(cuts)
-        embeddings_BTD, frames_B = self._teacher.embed(
-            batch.waveforms_BL.to(self._device),
-            batch.lengths_B.to(self._device),
-            self._origin.layer,
-        )
-        inside_BT = torch.arange(embeddings_BTD.shape[1], device=self._device) < frames_B[:, None]
+    def to(self, device: torch.device) -> None:
+        self.teacher.to(device)
+        self._quantizer.to(device)
+
+    def made_from(self) -> dict:
+        return {**asdict(self.origin), "refine_iters": self._refine_iters}
+
+    def encode(self, embeddings_FD: torch.Tensor) -> torch.Tensor:
+        """uint8 (F, N)."""
         indexes_FN = self._quantizer.encode(
-            embeddings_BTD[inside_BT],
-            refine_indexes_iters=self._settings.refine_iters,
+            embeddings_FD,
+            refine_indexes_iters=self._refine_iters,
             as_bytes=False,  # N columns whatever K is
         )
-        indexes_FN = indexes_FN.to(torch.uint8).cpu()
-        return [i.numpy() for i in indexes_FN.split(frames_B.tolist())]
+        return indexes_FN.to(torch.uint8)
+
+    def what_is_wrong(self, indexes_TN: np.ndarray) -> str | None:
+        size = self._quantizer.codebook_size
+        if indexes_TN.max(initial=0) >= size:
+            return f"holds index {indexes_TN.max()}, but codebooks have {size} entries"
+        return None
+
+
+class Embeddings:
+    """The teacher's embeddings as they are, for l1 and l2: float16 or float32 (T, D).
+
+    Raises:
+      RecipeError: the teacher has no such layer.
+    """
+
+    columns: int
+
+    def __init__(
+        self, teacher: Teacher, layer: int, dtype: Literal["float16", "float32"], field: str
+    ) -> None:
+        teacher.check_layer(layer)
+        self.teacher, self.field = teacher, field
+        self.origin = Origin(teacher.name, layer, dtype, "")
+        self.dtype, self.columns = np.dtype(dtype), teacher.dim
+
+    def to(self, device: torch.device) -> None:
+        self.teacher.to(device)
+
+    def made_from(self) -> dict:
+        return asdict(self.origin)
+
+    def encode(self, embeddings_FD: torch.Tensor) -> torch.Tensor:
+        """(F, D)."""
+        return embeddings_FD.to(getattr(torch, self.dtype.name))
+
+    def what_is_wrong(self, embeddings_TD: np.ndarray) -> str | None:
+        if not np.isfinite(embeddings_TD).all():
+            return f"holds values that are not finite as {self.dtype} (float32 holds more)"
+        return None
+
+
+LabelKind = CodebookIndexes | Embeddings
+
+
+class Dumper:
+    """Gives cuts their labels, a shard at a time.
+
+    Raises:
+      RecipeError: there is nothing to dump, or two labels have one field.
+    """
+
+    def __init__(
+        self, kinds: Sequence[LabelKind], settings: LabelSettings, device: torch.device
+    ) -> None:
+        fields = [kind.field for kind in kinds]
+        if not kinds:
+            raise RecipeError("labels: nothing to dump; name a quantizer, or other labels")
+        for field in fields:
+            if fields.count(field) > 1:
+                raise RecipeError(f"labels: two are called {field}; give each a field of its own")
+            if not field.isidentifier():
+                raise RecipeError(f"labels: field {field!r} is no name; use letters, digits and _")
+        for kind in kinds:
+            kind.to(device)
+        self.kinds = list(kinds)
+        self._settings, self._device = settings, device
+
+    def made_from(self) -> dict:
+        """What the bytes of a shard follow from, beside its cuts."""
+        # Sums in another order, as in batches of another size, may tip a near tie.
+        labels = {kind.field: kind.made_from() for kind in self.kinds}
+        return {"max_duration": self._settings.max_duration, **labels}
+
+    @torch.inference_mode()
+    def _labels(self, cuts: CutSet) -> dict[str, list[np.ndarray]]:
+        """By field, those of each cut."""
+        batch = collate_audio(cuts)
+        waveforms_BL = batch.waveforms_BL.to(self._device)
+        lengths_B = batch.lengths_B.to(self._device)
+        embedded: dict[tuple[int, int], tuple[torch.Tensor, list[int]]] = {}
+        labels = {}
+        for kind in self.kinds:
+            source = (id(kind.teacher), kind.origin.layer)
+            if source not in embedded:
+                embeddings_BTD, frames_B = kind.teacher.embed(
+                    waveforms_BL, lengths_B, kind.origin.layer
+                )
+                frames_T = torch.arange(embeddings_BTD.shape[1], device=self._device)
+                inside_BT = frames_T < frames_B[:, None]
+                embedded[source] = (embeddings_BTD[inside_BT], frames_B.tolist())
+            embeddings_FD, frames = embedded[source]
+            encoded = kind.encode(embeddings_FD).cpu()
+            labels[kind.field] = [part.numpy() for part in encoded.split(frames)]
+        return labels
 
     def __call__(self, cuts: CutSet, arrays: ArrayFile) -> CutSet:
         cuts = CutSet.from_cuts([fastcopy(cut) for cut in cuts])  # the caller's stay as they are
@@ -112,90 +231,250 @@ class Dumper:
         return cuts
 
     def _label(self, cuts: list, arrays: ArrayFile) -> None:
-        for cut, indexes_TN in zip(cuts, self._indexes(CutSet.from_cuts(cuts))):
-            arrays.store(cut.id, indexes_TN)
-            array = TemporalArray(
-                array=Array(
+        labels = self._labels(CutSet.from_cuts(cuts))
+        for kind in self.kinds:
+            for cut, array in zip(cuts, labels[kind.field]):
+                wrong = kind.what_is_wrong(array)
+                if wrong:
+                    raise RecipeError(f"cut {cut.id}: {kind.field} {wrong}; see to the teacher")
+                key = cut.id if kind.field == FIELD else f"{kind.field}/{cut.id}"
+                arrays.store(key, array, chunked=True)
+                stored = Array(
                     storage_type=arrays.STORAGE_TYPE,
                     storage_path=arrays.path,
-                    storage_key=cut.id,
-                    shape=list(indexes_TN.shape),
-                ),
-                temporal_dim=0,
-                frame_shift=self._teacher.frame_shift,
-                start=cut.start,
-            )
-            cut.custom = {
-                **(cut.custom or {}),
-                FIELD: array,
-                ORIGIN_FIELD: asdict(self._origin),
-            }
+                    storage_key=key,
+                    shape=list(array.shape),
+                )
+                cut.custom = {
+                    **(cut.custom or {}),
+                    kind.field: TemporalArray(
+                        array=stored,
+                        temporal_dim=0,
+                        frame_shift=kind.teacher.frame_shift,
+                        start=cut.start,
+                    ),
+                    origin_field(kind.field): asdict(kind.origin),
+                }
 
 
-def dump_labels(cuts: CutSet, out: Path, dumper: Dumper, shard_size: int) -> CutSet:
-    """Write ``out``: ``cuts`` with labels; arrays go to shards in its folder."""
-    labelled = map_shards(cuts, out.parent / "shards", dumper, shard_size, what="labels")
-    with written_aside(out) as aside:
-        labelled.to_file(aside)
+def dump_labels(cuts: CutSet, out: Path, dumper: Dumper, shard_size: int) -> CutSet | None:
+    """Write ``out``: ``cuts`` with labels, verified; arrays go to shards in its folder.
+
+    Any number of processes may call this with the same arguments, at once or one after the
+    other, and take shards as they come: ``out`` and the shards have the same bytes in the end.
+
+    Returns:
+      the cuts; None where other processes still have shards in hand, of which the last to
+      end writes ``out``.
+
+    Raises:
+      RecipeError: the folder holds labels made from something else, labels are not what they
+        should be, or the disk is full.
+    """
+    folder = out.parent / "shards"
+    shards = Shards(cuts, folder, shard_size, "labels", joined=out)
+    _claim(
+        folder / "made-from.json",
+        {"cuts": _fingerprint(cuts), "shard_size": shard_size, **dumper.made_from()},
+    )
+    if not shards.share(dumper):
+        return None
+    try:
+        labelled = read_cuts(out) if out.exists() else shards.cuts()
+    except FileNotFoundError:
+        if not out.exists():
+            raise
+        labelled = read_cuts(out)  # written by another process since
+    if [cut.id for cut in labelled] != [cut.id for cut in cuts]:
+        raise RecipeError(f"{out}: has not the cuts that were to be labelled; remove it")
+    close_cached_file_handles()  # what is read is what is there now
+    verify_labels(labelled, dumper.kinds)
+    if not out.exists():
+        with written_aside(out) as aside:
+            write_cuts(labelled, aside)
+    shards.leave_arrays()
     return labelled
 
 
+def _fingerprint(cuts: CutSet) -> str:
+    """What tells these cuts from others."""
+    digest = hashlib.sha256()
+    for cut in cuts:
+        digest.update(f"{cut.id} {cut.start} {cut.duration}\n".encode())
+    return f"{len(cuts)} of sha256 {digest.hexdigest()[:12]}"
+
+
+def _claim(path: Path, made_from: dict) -> None:
+    """Leave in ``path`` what a folder's labels are made from.
+
+    Raises:
+      RecipeError: it is something else.
+    """
+    with written_aside(path, first_stays=True) as aside:
+        aside.write_text(json.dumps(made_from, indent=1) + "\n")
+    found = json.loads(path.read_text())
+    for key in [*made_from, *found]:
+        if found.get(key) != made_from.get(key):
+            raise RecipeError(
+                f"{path}: labels in this folder are made from {key} {found.get(key)}, and this "
+                f"job's from {made_from.get(key)}; give it another folder, or remove this one"
+            )
+
+
+def join_labels(cuts: CutSet, labelled: CutSet, fields: Sequence[str] = (FIELD,)) -> CutSet:
+    """``cuts`` with the labels of ``labelled``, found by cut id.
+
+    Where the ids are of another scheme (versions of lhotse name cuts of perturbed speed
+    differently), a label is found by recording, channel, start and speed.
+
+    Raises:
+      RecipeError: a cut has no label, or two, or one of another recording, start or speed; both
+        ids are named.
+    """
+    by_id, by_source = {}, defaultdict(list)
+    for other in labelled:
+        by_id[other.id] = other
+        if other.recording is not None:
+            by_source[_source(other)].append(other)
+    ids = sorted(by_id)
+    joined = []
+    for cut in cuts:
+        other = by_id.get(cut.id)
+        if other is None:
+            other = _same_speech(cut, by_source, ids)
+        elif not _agree(cut, other):
+            raise RecipeError(
+                f"cut {cut.id}: the label of this id is of recording {_told(other)}, the cut of "
+                f"{_told(cut)}; name the manifest that the labels were made for"
+            )
+        custom = dict(cut.custom or {})
+        for field in fields:
+            if field not in (other.custom or {}):
+                raise RecipeError(f"cut {other.id}: has no {field}; dump the labels again")
+            # The cut's own start, should they differ in rounding.
+            custom[field] = fastcopy(other.custom[field], start=cut.start)
+            if origin_field(field) in other.custom:
+                custom[origin_field(field)] = other.custom[origin_field(field)]
+        joined.append(fastcopy(cut, custom=custom))
+    return CutSet.from_cuts(joined)
+
+
+def _speed(cut) -> float:
+    speed = 1.0
+    for transform in cut.recording.transforms or []:
+        document = transform if isinstance(transform, dict) else transform.to_dict()
+        if document["name"] == "Speed":
+            speed *= document["kwargs"]["factor"]
+    return round(speed, 4)
+
+
+def _source(cut) -> tuple[str, int, float]:
+    """(recording without its speed's affix, channel, speed)."""
+    speed = _speed(cut)
+    recording = cut.recording.id
+    if speed != 1:
+        recording = re.sub(r"^sp[\d.]+-|[_-]sp[\d.]+$", "", recording)
+    return recording, cut.channel, speed
+
+
+def _told(cut) -> str:
+    recording, channel, speed = _source(cut)
+    return f"{recording} (channel {channel}, speed {speed:g}) at {cut.start:.3f} s"
+
+
+def _agree(cut, other) -> bool:
+    """Whether two cuts are of the same speech, as far as is known."""
+    same_length = abs(cut.duration - other.duration) < SAME_TIME
+    if cut.recording is None or other.recording is None:
+        return same_length
+    same_start = abs(cut.start - other.start) < SAME_TIME
+    return same_length and same_start and _source(cut) == _source(other)
+
+
+def _same_speech(cut, by_source: dict, ids: list[str]):
+    found = []
+    if cut.recording is not None:
+        found = [other for other in by_source.get(_source(cut), []) if _agree(cut, other)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise RecipeError(
+            f"cut {cut.id}: no label has this id, and both {found[0].id} and {found[1].id} are of "
+            "the same recording, start and speed; remove one of them"
+        )
+    place = bisect.bisect(ids, cut.id)
+    near = max(ids[max(0, place - 1) : place + 1], key=lambda i: _common_prefix(i, cut.id))
+    raise RecipeError(
+        f"cut {cut.id}: no label has this id, and none is known to be of the same recording, start "
+        f"and speed; the nearest id is {near}; dump the labels for this manifest"
+    )
+
+
+def _common_prefix(one: str, two: str) -> int:
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, two)))
+
+
 def verify_labels(
-    cuts: CutSet,
-    teacher: Teacher,
-    num_codebooks: int,
-    origin: Origin,
-    codebook_size: int = 256,
+    cuts: CutSet, kinds: Sequence[LabelKind], accept_unknown_origin: bool = False
 ) -> None:
-    """Every cut has indexes, as many as its duration asks for, in range, of ``origin``.
+    """Every cut has the labels ``kinds``: as many frames as its duration asks for, values in
+    range, of their origin.
 
     For cuts as they were dumped, not truncated since.
 
     Raises:
       RecipeError: the first cut that has not.
     """
-    num_frames = 0
-    for cut in cuts:
-        check_origin(cut, origin, accept_unknown=False)
-        # All of the array: lhotse cuts off what is too long for the cut.
-        indexes_TN = _stored_indexes(cut, whole=True)
-        if indexes_TN.dtype != np.uint8:
-            raise RecipeError(
-                f"cut {cut.id}: its indexes are {indexes_TN.dtype}, not uint8; dump them again"
-            )
-        expected = teacher.num_frames(cut.num_samples)
-        # One more is what icefall stores.
-        shapes = [(expected, num_codebooks), (expected + 1, num_codebooks)]
-        if indexes_TN.shape not in shapes:
-            raise RecipeError(
-                f"cut {cut.id}: its indexes have shape {indexes_TN.shape}, but "
-                f"{cut.duration:.2f} s ask for {shapes[0]}; dump them again"
-            )
-        if indexes_TN.max(initial=0) >= codebook_size:
-            raise RecipeError(
-                f"cut {cut.id}: holds index {indexes_TN.max()}, but codebooks have "
-                f"{codebook_size} entries; dump them again"
-            )
-        num_frames += len(indexes_TN)
-    logging.info(
-        f"verified: {len(cuts)} cuts have indexes, {num_frames} frames of {num_codebooks} bytes"
-    )
+    for kind in kinds:
+        num_frames = sum(_verify_label(cut, kind, accept_unknown_origin) for cut in cuts)
+        logging.info(
+            f"verified: {len(cuts)} cuts have {kind.field}, {num_frames} frames of "
+            f"{kind.columns * kind.dtype.itemsize} bytes"
+        )
 
 
-def check_origin(cut, origin: Origin, accept_unknown: bool) -> None:
+def _verify_label(cut, kind: LabelKind, accept_unknown: bool) -> int:
+    check_origin(cut, kind.origin, accept_unknown, kind.field)
+    # All of the array: lhotse cuts off what is too long for the cut.
+    array = _stored(cut, kind.field, whole=True)
+    if array.dtype != kind.dtype:
+        raise RecipeError(
+            f"cut {cut.id}: its {kind.field} are {array.dtype}, not {kind.dtype}; dump them again"
+        )
+    expected = kind.teacher.num_frames(cut.num_samples)
+    # One more is what icefall stores.
+    shapes = [(expected, kind.columns), (expected + 1, kind.columns)]
+    if array.shape not in shapes:
+        raise RecipeError(
+            f"cut {cut.id}: its {kind.field} have shape {array.shape}, but "
+            f"{cut.duration:.2f} s ask for {shapes[0]}; dump them again"
+        )
+    wrong = kind.what_is_wrong(array)
+    if wrong:
+        raise RecipeError(f"cut {cut.id}: {kind.field} {wrong}; dump them again")
+    return len(array)
+
+
+def check_origin(cut, origin: Origin, accept_unknown: bool, field: str = FIELD) -> None:
     """
     Raises:
       RecipeError: ``cut`` has no labels, or labels that ``origin`` did not make.
     """
     custom = cut.custom or {}
-    if FIELD not in custom:
-        raise RecipeError(f"cut {cut.id}: has no {FIELD}; run stage 5")
-    found = custom.get(ORIGIN_FIELD)
+    if field not in custom:
+        raise RecipeError(f"cut {cut.id}: has no {field}; run stage 5")
+    found = custom.get(origin_field(field))
     if found is None:
         if not accept_unknown:
             raise RecipeError(
                 f"cut {cut.id}: its labels do not say what made them; "
                 "set accept_unknown_origin: true if you know"
+            )
+    elif not origin.sha256 or not found["sha256"]:
+        if found != asdict(origin):
+            raise RecipeError(
+                f"cut {cut.id}: its {field} are {_in_words(found)}, not {_in_words(asdict(origin))}"
+                "; run stage 5 again, or name the other"
             )
     elif found["sha256"] != origin.sha256:
         raise RecipeError(
@@ -205,16 +484,21 @@ def check_origin(cut, origin: Origin, accept_unknown: bool) -> None:
         )
 
 
-def _stored_indexes(cut, whole: bool = False) -> np.ndarray:
-    """uint8 (T, N): the part of the array that lies in ``cut``, or the ``whole`` array."""
-    if FIELD not in (cut.custom or {}):
-        raise RecipeError(f"cut {cut.id}: has no {FIELD}; run stage 5")
+def _in_words(origin: dict) -> str:
+    return f"{origin['quantizer']} of layer {origin['layer']} of {origin['teacher']}"
+
+
+def _stored(cut, field: str = FIELD, whole: bool = False) -> np.ndarray:
+    """(T, columns): the part of the array that lies in ``cut``, or the ``whole`` array."""
+    if field not in (cut.custom or {}):
+        raise RecipeError(f"cut {cut.id}: has no {field}; run stage 5")
     try:
-        return cut.custom[FIELD].load() if whole else cut.load_custom(FIELD)
+        return cut.custom[field].load() if whole else cut.load_custom(field)
     except (OSError, KeyError) as error:
+        path = cut.custom[field].array.storage_path
         raise RecipeError(
-            f"{cut.custom[FIELD].array.storage_path}: indexes of cut {cut.id} cannot be read "
-            f"({type(error).__name__}); run stage 5 again"
+            f"{path}: {field} of cut {cut.id} cannot be read ({type(error).__name__}); "
+            "remove the file and run stage 5 again"
         ) from error
 
 
@@ -225,7 +509,7 @@ def load_indexes(cut) -> np.ndarray:
       RecipeError: there are no labels, or their file is missing or damaged.
     """
     if not isinstance(cut, MixedCut):
-        return _stored_indexes(cut).astype(np.int64)
+        return _stored(cut).astype(np.int64)
     tracks = [
         track
         for track in cut.tracks
@@ -236,7 +520,7 @@ def load_indexes(cut) -> np.ndarray:
             f"cut {cut.id}: {len(tracks)} of its tracks have {FIELD}; exactly one must"
         )
     track = tracks[0]
-    labels_TN = _stored_indexes(track.cut)
+    labels_TN = _stored(track.cut)
     frame_shift = track.cut.custom[FIELD].frame_shift
     padded_TN = np.full((round(cut.duration / frame_shift), labels_TN.shape[1]), IGNORED)
     first = round(track.offset / frame_shift)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
+import json
 import logging
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -127,6 +129,14 @@ def _link_good(folder: Path, view: Path, bad: dict[str, str]) -> None:
                     file.write(f"{line}\n")
                     audio = transcripts.parent.resolve() / f"{name}.flac"
                     (chapter / audio.name).symlink_to(audio)
+
+
+def write_cuts(cuts: CutSet, path: Path) -> None:
+    """Write ``path`` (``*.jsonl.gz``): what lhotse writes, but without the name and the time that
+    gzip adds, so that the same cuts give the same bytes."""
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+        for cut in cuts:
+            file.write(f"{json.dumps(cut.to_dict(), ensure_ascii=False)}\n".encode())
 
 
 def read_cuts(path: Path) -> CutSet:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
-from mvqkd.report.table import StudentResult, all_test_sets
+from mvqkd.report.table import StudentResult, all_test_sets, undistilled
 
 Record = Mapping[str, Any]
 
@@ -94,7 +94,15 @@ def plot_wer_bars(rows: Sequence[StudentResult], path: str | os.PathLike) -> Non
             capsize=3,
         )
         axes.bar_label(bars, fmt="%.1f", fontsize="small")
-    names = [f"{r.name}\n{r.distillation}" + ("\nstreaming" if r.streaming else "") for r in rows]
+    names = []
+    for row in rows:
+        base = undistilled(rows, row)
+        differs = base is not None and base.epochs != row.epochs
+        names.append(
+            f"{row.name}\n{row.distillation}"
+            + ("\nstreaming" if row.streaming else "")
+            + (f"\n{row.epochs} epochs" if differs else "")
+        )
     axes.set_xticks(range(len(rows)), names)
     axes.set(ylabel="WER [%]", ylim=(0, None))
     figure.legend(loc="outside upper center", ncols=len(test_sets))

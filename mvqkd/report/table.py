@@ -74,7 +74,8 @@ class StudentResult:
 
 
 def undistilled(rows: Sequence[StudentResult], row: StudentResult) -> StudentResult | None:
-    """The row that ``row`` is compared with: same kind, streaming and seed, no distillation."""
+    """The row that ``row`` is compared with: the first undistilled one of the same kind,
+    streaming and seed."""
     for other in rows:
         if (
             other.distillation == NO_DISTILLATION
@@ -131,7 +132,7 @@ def format_seconds(seconds: float | None) -> str:
 def _cells(rows: Sequence[StudentResult], test_sets: Sequence[str], named: bool) -> list[list[str]]:
     """The header and one line a row; ``named`` puts the test set into its columns' names."""
     published = [s for s in test_sets if any(s in row.paper for row in rows)]
-    header = ["student", "distillation", "streaming"]
+    header = ["student", "distillation", "streaming", "epochs"]
     for test_set in test_sets:
         prefix = f"{test_set} " if named else ""
         header += [f"{prefix}WER % [95%]"]
@@ -142,6 +143,7 @@ def _cells(rows: Sequence[StudentResult], test_sets: Sequence[str], named: bool)
     body = []
     for row in rows:
         cells = [row.name, row.distillation, "yes" if row.streaming else "no"]
+        cells.append("-" if row.epochs is None else str(row.epochs))
         for test_set in test_sets:
             result = row.test_sets.get(test_set)
             cells.append(f"{result.wer:.2f} [{result.lo:.2f}, {result.hi:.2f}]" if result else "-")

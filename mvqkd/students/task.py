@@ -5,6 +5,7 @@ B: utterances, T: frames.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,7 @@ from mvqkd.data.datamodule import SpecAugmentSettings, StudentBatch, StudentData
 from mvqkd.decoding.scoring import Result, word_error_rate
 from mvqkd.decoding.search import greedy_search_batch
 from mvqkd.losses.distillation import Distillation
+from mvqkd.processes import gathered, num_processes, rank
 from mvqkd.students.transducer import Transducer, TransducerSettings
 
 SIMPLE_LOSS_SCALE = 0.5
@@ -46,7 +48,14 @@ class StudentTask:
         self._spec_augment = make_spec_augment(spec_augment)
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[StudentBatch, float]]:
-        return self._train.batches(epoch, start)
+        return self._train.batches(epoch, start, rank(), num_processes())
+
+    def largest_batches(self) -> list[StudentBatch]:
+        return self._train.largest()
+
+    def divisor(self, batch: StudentBatch) -> float:
+        """None: the losses are summed over the batch, as published."""
+        return 0.0
 
     def loss(
         self, batch: StudentBatch, step: int, warmup: float
@@ -89,7 +98,7 @@ class StudentTask:
         for part, data in self._dev.items():
             pruned, frames = 0.0, 0
             results: list[Result] = []
-            for batch, _ in data.batches(epoch=0):
+            for batch in data.every_nth(rank(), num_processes()):
                 output = self._forward(batch.features_BTF.to(self._device), batch, warmup=1.0)
                 pruned += output.pruned_loss_B.sum().item()
                 frames += int(output.encoder_lens_B.sum())
@@ -99,8 +108,10 @@ class StudentTask:
                 for name, text, hypothesis in zip(batch.ids, batch.texts, found):
                     words = self._tokens.decode(hypothesis.tokens).split()
                     results.append((name, text.split(), words))
-            figures[f"pruned-{part}"] = pruned / frames
-            figures[f"wer-{part}"] = word_error_rate(results)
+            # Of several processes each has decoded its share.
+            pruned, frames, results = zip(*gathered((pruned, frames, results)))
+            figures[f"pruned-{part}"] = sum(pruned) / sum(frames)
+            figures[f"wer-{part}"] = word_error_rate(list(itertools.chain(*results)))
         return figures
 
     def describe(self, batch: StudentBatch) -> str:

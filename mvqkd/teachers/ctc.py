@@ -5,6 +5,7 @@ B: utterances, T: frames, V: symbols.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +16,10 @@ from lhotse import CutSet
 from torch.nn import functional as F
 from transformers import HubertConfig, HubertForCTC
 
-from mvqkd.data.audio import AudioBatch, bucketed_batches, collate_audio
+from mvqkd.data.audio import AudioBatch, bucketed_batches, collate_audio, largest_batches
 from mvqkd.decoding.scoring import Result, word_error_rate
 from mvqkd.errors import RecipeError, reason_of
+from mvqkd.processes import gathered, num_processes, rank
 from mvqkd.teachers.front_end import initialize_filterbank
 from mvqkd.teachers.hubert import HubertTeacher
 
@@ -69,11 +71,22 @@ class CtcTask:
         self._cache: dict[str, np.ndarray] = {}
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[AudioBatch, float]]:
-        cuts = self._at_speeds(epoch)
-        batches = bucketed_batches(cuts, self._max_duration, self._seed, epoch)
-        for index, cuts in enumerate(batches):
-            if index >= start:
-                yield collate_audio(cuts, self._cache), sum(c.duration for c in cuts)
+        batches = self._cut_batches(epoch, rank(), num_processes())
+        for cuts in itertools.islice(batches, start, None):
+            yield collate_audio(cuts, self._cache), sum(c.duration for c in cuts)
+
+    def largest_batches(self) -> list[AudioBatch]:
+        return [collate_audio(c, self._cache) for c in largest_batches(self._cut_batches(epoch=1))]
+
+    def _cut_batches(self, epoch: int, rank: int = 0, num_processes: int = 1) -> Iterator[CutSet]:
+        return bucketed_batches(
+            self._at_speeds(epoch),
+            self._max_duration,
+            self._seed,
+            epoch,
+            rank=rank,
+            num_processes=num_processes,
+        )
 
     def _at_speeds(self, epoch: int) -> CutSet:
         """Each utterance at one of the speeds, which moves its pitch and formants too."""
@@ -112,8 +125,11 @@ class CtcTask:
             reduction="sum",
             zero_infinity=True,
         )
-        num_symbols = sum(map(len, targets))
-        return loss / num_symbols, {"ctc": loss.item(), "weight": num_symbols}
+        return loss, {"ctc": loss.item(), "weight": sum(map(len, targets))}
+
+    def divisor(self, batch: AudioBatch) -> float:
+        """The number of symbols, so that a step is as large for long batches as for short ones."""
+        return sum(len(text.upper()) for text in batch.texts)
 
     def validate(self) -> dict[str, float]:
         return {
@@ -128,11 +144,15 @@ class CtcTask:
 def transcribe_cuts(
     teacher: HubertTeacher, cuts: CutSet, device: torch.device, max_duration: float = 100
 ) -> list[Result]:
-    """(cut id, reference words, hypothesis words) of each cut, by greedy CTC."""
+    """(cut id, reference words, hypothesis words) of each cut, by greedy CTC.
+
+    Of several processes each transcribes its share, and all get the whole.
+    """
     results: list[Result] = []
-    for batch_cuts in bucketed_batches(cuts, max_duration, seed=0, epoch=0):
+    batches = bucketed_batches(cuts, max_duration, seed=0, epoch=0)
+    for batch_cuts in itertools.islice(batches, rank(), None, num_processes()):
         batch = collate_audio(batch_cuts)
         texts = teacher.transcribe(batch.waveforms_BL.to(device), batch.lengths_B.to(device))
         for name, reference, text in zip(batch.ids, batch.texts, texts):
             results.append((name, reference.split(), text.split()))
-    return sorted(results)
+    return sorted(itertools.chain(*gathered(results)))

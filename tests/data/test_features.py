@@ -41,7 +41,7 @@ def test_test_parts_are_not_perturbed(plain_cuts, tmp_path):
 
 
 def test_labelled_cuts_are_not_perturbed(labelled_cuts, tmp_path):
-    with pytest.raises(RecipeError, match="carries codebook indexes, which speed perturbation"):
+    with pytest.raises(RecipeError, match="carries codebook_indexes, which speed perturbation"):
         perturb_speed(labelled_cuts, 0.9)
     with pytest.raises(RecipeError, match="perturb first, then dump"):
         out = tmp_path / "train.jsonl.gz"

@@ -5,32 +5,41 @@ import json
 import shutil
 
 import h5py
+import lhotse
 import numpy as np
 import pytest
 import torch
-from lhotse import CutSet
+from lhotse import CutSet, MonoCut
+from lhotse.utils import fastcopy
 
+from benchmarks import label_storage
+from mvqkd.data.audio import collate_audio
 from mvqkd.data.labels import (
     FIELD,
     IGNORED,
     ORIGIN_FIELD,
+    CodebookIndexes,
     Dumper,
+    Embeddings,
     LabelSettings,
     Origin,
     check_origin,
     collate_indexes,
     dump_labels,
+    join_labels,
     load_indexes,
     verify_labels,
 )
 from mvqkd.data.manifests import read_cuts
+from mvqkd.data.shards import ArrayFile, Shards
 from mvqkd.errors import RecipeError
 from mvqkd.quantizer import Quantizer
 from tests.conftest import CPU
 
 
 def dump(cuts, folder, teacher, quantizer, origin, **settings):
-    dumper = Dumper(teacher, quantizer, origin, LabelSettings(refine_iters=1, **settings), CPU)
+    kinds = [CodebookIndexes(teacher, quantizer, origin, refine_iters=1)]
+    dumper = Dumper(kinds, LabelSettings(**settings), CPU)
     return dump_labels(cuts, folder / "train.jsonl.gz", dumper, shard_size=4)
 
 
@@ -52,7 +61,7 @@ def own_labels(labelled_cuts, tmp_path):
 def test_dumped_labels_are_verified_and_read_by_lhotse_alone(
     corpus, labelled_cuts, teacher, quantizer, origin
 ):
-    verify_labels(labelled_cuts, teacher, 4, origin)
+    verify_labels(labelled_cuts, [CodebookIndexes(teacher, quantizer, origin)])
     written = CutSet.from_file(corpus.parent / "labels/train.jsonl.gz")
     assert [c.id for c in written] == [c.id for c in labelled_cuts]
     for cut in written:
@@ -89,9 +98,9 @@ def test_codebooks_of_fewer_entries_keep_a_column_each(feature_cuts, teacher, tm
     origin = Origin("tiny", 1, small.get_id(), small.weights_sha256())
     cuts = CutSet.from_cuts(list(feature_cuts)[:2])
     labelled = dump(cuts, tmp_path, teacher, small, origin)
-    verify_labels(labelled, teacher, 4, origin, codebook_size=16)
+    verify_labels(labelled, [CodebookIndexes(teacher, small, origin)])
     with pytest.raises(RecipeError, match="codebooks have 4 entries"):
-        verify_labels(labelled, teacher, 4, origin, codebook_size=4)
+        verify_labels(labelled, [CodebookIndexes(teacher, Quantizer(32, 4, 4), origin)])
     with pytest.raises(RecipeError, match="512 entries does not fit a byte"):
         dump(cuts, tmp_path, teacher, Quantizer(32, 512, 1), origin)
 
@@ -99,7 +108,7 @@ def test_codebooks_of_fewer_entries_keep_a_column_each(feature_cuts, teacher, tm
 def test_labels_of_another_quantizer_are_refused(labelled_cuts, teacher, quantizer, origin):
     other = Origin("tiny", 2, "0badcafe", "f" * 64)
     with pytest.raises(RecipeError) as caught:
-        verify_labels(labelled_cuts, teacher, 4, other)
+        verify_labels(labelled_cuts, [CodebookIndexes(teacher, quantizer, other)])
     message = str(caught.value)
     for name in (labelled_cuts[0].id, quantizer.get_id(), origin.sha256[:12], "0badcafe", "f" * 12):
         assert name in message
@@ -108,9 +117,11 @@ def test_labels_of_another_quantizer_are_refused(labelled_cuts, teacher, quantiz
         check_origin(labelled_cuts[0], other, accept_unknown=True)
 
 
-def test_labels_of_unknown_origin_must_be_accepted(own_labels, origin):
+def test_labels_of_unknown_origin_must_be_accepted(own_labels, teacher, quantizer, origin):
     cut = own_labels[0][0]
     del cut.custom[ORIGIN_FIELD]
+    kind = CodebookIndexes(teacher, quantizer, origin)
+    verify_labels(own_labels[0], [kind], accept_unknown_origin=True)
     with pytest.raises(RecipeError, match="do not say what made them; set accept_unknown_origin"):
         check_origin(cut, origin, accept_unknown=False)
     check_origin(cut, origin, accept_unknown=True)
@@ -123,15 +134,15 @@ def test_labels_of_unknown_origin_must_be_accepted(own_labels, origin):
 @pytest.mark.parametrize(
     "change, cause",
     [
-        (lambda a: a[:-1], "its indexes have shape"),
-        (lambda a: np.concatenate([a, a[:2]]), "its indexes have shape"),
-        (lambda a: a[:, :2], "its indexes have shape"),
-        (lambda a: a.astype(np.int16), "its indexes are int16, not uint8"),
-        (None, "cannot be read (KeyError); run stage 5 again"),
+        (lambda a: a[:-1], "its codebook_indexes have shape"),
+        (lambda a: np.concatenate([a, a[:2]]), "its codebook_indexes have shape"),
+        (lambda a: a[:, :2], "its codebook_indexes have shape"),
+        (lambda a: a.astype(np.int16), "its codebook_indexes are int16, not uint8"),
+        (None, "cannot be read (KeyError); remove the file and run"),
     ],
     ids=["short", "long", "columns", "dtype", "missing"],
 )
-def test_labels_that_do_not_fit_are_refused(own_labels, teacher, origin, change, cause):
+def test_labels_that_do_not_fit_are_refused(own_labels, teacher, quantizer, origin, change, cause):
     cuts, path = own_labels
     cut = cuts[1]
     with h5py.File(path, "r+") as file:
@@ -143,19 +154,19 @@ def test_labels_that_do_not_fit_are_refused(own_labels, teacher, origin, change,
             cut.custom[FIELD].array.shape = list(changed.shape)
             cut.custom[FIELD].array.storage_key = cut.id
     with pytest.raises(RecipeError) as caught:
-        verify_labels(cuts, teacher, 4, origin)
+        verify_labels(cuts, [CodebookIndexes(teacher, quantizer, origin)])
     assert f"cut {cut.id}" in str(caught.value) and cause in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_one_frame_more_is_what_icefall_stores(own_labels, teacher, origin):
+def test_one_frame_more_is_what_icefall_stores(own_labels, teacher, quantizer, origin):
     cuts, path = own_labels
     with h5py.File(path, "r+") as file:
         for cut in cuts:
             indexes_TN = file[cut.id][:]
             del file[cut.id]
             file[cut.id] = np.concatenate([indexes_TN, indexes_TN[-1:]])
-    verify_labels(cuts, teacher, 4, origin)
+    verify_labels(cuts, [CodebookIndexes(teacher, quantizer, origin)])
 
 
 def test_label_file_that_is_missing_or_damaged(own_labels):
@@ -164,7 +175,7 @@ def test_label_file_that_is_missing_or_damaged(own_labels):
         path.unlink()
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(RecipeError, match=rf"^{path}: indexes of cut {cuts[0].id} cannot be"):
+        with pytest.raises(RecipeError, match=rf"^{path}: {FIELD} of cut {cuts[0].id} cannot be"):
             load_indexes(cuts[0])
 
 
@@ -234,3 +245,177 @@ def test_dump_goes_on_where_it_was_killed(
         np.testing.assert_array_equal(load_indexes(a), load_indexes(b))
     assert len(read_cuts(tmp_path / "killed/train.jsonl.gz")) == len(feature_cuts)
     shutil.rmtree(tmp_path / "killed")
+
+
+def renamed(cut, cut_id, recording_id=None, **changes):
+    recording = fastcopy(cut.recording, id=recording_id or cut.recording.id)
+    return fastcopy(cut, id=cut_id, recording=recording, **changes)
+
+
+def test_labels_are_joined_by_id(labelled_cuts, feature_cuts):
+    backwards = CutSet.from_cuts(reversed(list(labelled_cuts)))
+    joined = join_labels(feature_cuts, backwards)
+    for cut, plain, labelled in zip(joined, feature_cuts, labelled_cuts):
+        assert cut.id == plain.id and cut.custom == labelled.custom
+        assert not plain.custom
+
+
+def test_labels_under_ids_of_another_scheme(labelled_cuts, feature_cuts):
+    others = []
+    for number, cut in enumerate(labelled_cuts):
+        recording = cut.recording.id
+        if "_sp" in recording:  # as Kaldi names them
+            name, _, speed = recording.partition("_sp")
+            recording = f"sp{speed}-{name}"
+        others.append(renamed(cut, f"{recording}-{number}", recording, start=cut.start + 2e-3))
+    joined = join_labels(feature_cuts, CutSet.from_cuts(others))
+    for cut, labelled in zip(joined, labelled_cuts):
+        np.testing.assert_array_equal(load_indexes(cut), load_indexes(labelled))
+
+
+def test_labels_that_cannot_be_matched_are_refused_with_both_ids(labelled_cuts, feature_cuts):
+    cuts, labels = list(feature_cuts), list(labelled_cuts)
+    slow = next(i for i, cut in enumerate(cuts) if cut.id.endswith("_sp0.9"))
+    wanted, label = CutSet.from_cuts([cuts[slow]]), labels[slow]
+    plain = next(other for other in labels if other.id == cuts[slow].id[: -len("_sp0.9")])
+    for others, ids in (
+        # Another speed; another start; no recording to tell by; two of the same.
+        ([plain], [plain.id]),
+        ([renamed(label, f"{label.id}-7", start=label.start + 1)], [f"{label.id}-7"]),
+        ([fastcopy(label, id=f"{label.id}-7", recording=None)], [f"{label.id}-7"]),
+        ([renamed(label, "a"), renamed(label, "b")], ["both a and b"]),
+        # The right id of the wrong speech.
+        ([renamed(plain, label.id)], [f"{label.id}: the label of this id", "speed 1)", "speed 0."]),
+        ([fastcopy(label, custom=None)], [f"{label.id}: has no codebook_indexes"]),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            join_labels(wanted, CutSet.from_cuts(others))
+        for part in (cuts[slow].id, *ids):
+            assert part in str(caught.value), part
+        assert "\n" not in str(caught.value)
+
+
+def test_published_labels_without_recordings_are_joined_by_id(labelled_cuts, feature_cuts):
+    published = CutSet.from_cuts(
+        MonoCut(cut.id, cut.start, cut.duration, cut.channel, custom={FIELD: cut.custom[FIELD]})
+        for cut in labelled_cuts
+    )
+    for cut, labelled in zip(join_labels(feature_cuts, published), labelled_cuts):
+        np.testing.assert_array_equal(load_indexes(cut), load_indexes(labelled))
+        assert ORIGIN_FIELD not in cut.custom
+
+
+def dump_floats(cuts, folder, teacher, quantizer, origin, dtype="float16"):
+    kinds = [
+        CodebookIndexes(teacher, quantizer, origin, refine_iters=1),
+        Embeddings(teacher, 1, dtype, "layer1"),
+    ]
+    dumper = Dumper(kinds, LabelSettings(), CPU)
+    return dump_labels(cuts, folder / "train.jsonl.gz", dumper, shard_size=4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_embeddings_beside_indexes(feature_cuts, teacher, quantizer, origin, tmp_path, dtype):
+    cuts = CutSet.from_cuts(list(feature_cuts)[:3])
+    labelled = dump_floats(cuts, tmp_path, teacher, quantizer, origin, dtype)
+    for cut in labelled:
+        batch = collate_audio([cut])
+        embeddings, _ = teacher.embed(batch.waveforms_BL, batch.lengths_B, 1)
+        assert cut.load_layer1().dtype == dtype
+        np.testing.assert_allclose(cut.load_layer1(), embeddings[0], atol=2e-3, rtol=1e-3)
+        assert cut.load_codebook_indexes().shape == (cut.custom["layer1"].num_frames, 4)
+        check_origin(cut, Origin("tiny", 1, dtype, ""), False, "layer1")
+    with pytest.raises(RecipeError, match=r"layer1 are float.. of layer 1 of tiny, not .* layer 2"):
+        check_origin(labelled[0], Origin("tiny", 2, dtype, ""), False, "layer1")
+
+
+def test_long_arrays_are_chunked(tmp_path):
+    file = ArrayFile(tmp_path / "a", tmp_path / "a")
+    embeddings_TD = np.random.default_rng(1).standard_normal((599, 320)).astype(np.float16)
+    file.store("layer1/cut", embeddings_TD, chunked=True)
+    file.close()
+    with h5py.File(tmp_path / "a") as read:
+        assert read["layer1/cut"].chunks == (100, 320)
+        np.testing.assert_array_equal(read["layer1/cut"][130:140], embeddings_TD[130:140])
+
+
+def test_embeddings_that_are_no_float16(feature_cuts, teacher, quantizer, origin, tmp_path):
+    kind = Embeddings(teacher, 1, "float16", "layer1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher, "_layer", lambda *args: 1e6 * type(teacher)._layer(teacher, *args))
+        with pytest.raises(RecipeError, match="layer1 holds values that are not finite as float16"):
+            dump_labels(
+                feature_cuts, tmp_path / "a.jsonl.gz", Dumper([kind], LabelSettings(), CPU), 4
+            )
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == [
+        "00000.lock",
+        "made-from.json",
+    ]
+
+
+def test_labels_stay_with_lhotse_alone(feature_cuts, teacher, quantizer, origin, tmp_path):
+    """Truncated, split, combined and exported to Shar."""
+    written = dump_floats(feature_cuts, tmp_path, teacher, quantizer, origin)
+    cuts = CutSet.from_file(tmp_path / "train.jsonl.gz").to_eager()
+    whole = {cut.id: (cut.load_codebook_indexes(), cut.load_layer1()) for cut in cuts}
+    assert whole.keys() == {cut.id for cut in written}
+
+    part = cuts[0].truncate(offset=0.4, duration=0.8)
+    for found, array in zip((part.load_codebook_indexes(), part.load_layer1()), whole[cuts[0].id]):
+        np.testing.assert_array_equal(found, array[20:60])
+    windows = cuts.cut_into_windows(0.5)
+    for cut in windows:
+        assert len(cut.load_codebook_indexes()) == len(cut.load_layer1()) >= 1
+
+    pieces = cuts.split(3)
+    for number, piece in enumerate(pieces):
+        piece.to_file(tmp_path / f"piece{number}.jsonl.gz")
+    again = lhotse.combine(
+        *(CutSet.from_file(tmp_path / f"piece{number}.jsonl.gz") for number in range(3))
+    )
+    shar = tmp_path / "shar"
+    shar.mkdir()
+    fields = {"recording": "wav", "features": "numpy", FIELD: "numpy", "layer1": "numpy"}
+    cuts.to_shar(shar, fields=fields, shard_size=5)
+    for found in (again, CutSet.from_shar(in_dir=shar)):
+        found = list(found)
+        assert [cut.id for cut in found] == [cut.id for cut in cuts]
+        for cut in found:
+            np.testing.assert_array_equal(cut.load_codebook_indexes(), whole[cut.id][0])
+            np.testing.assert_array_equal(cut.load_layer1(), whole[cut.id][1])
+            np.testing.assert_array_equal(load_indexes(cut), whole[cut.id][0])
+            check_origin(cut, origin, accept_unknown=False)
+
+
+def test_storage_of_utterances_of_12_seconds():
+    settings = label_storage.Settings(num_utterances=500)
+    cuts = label_storage.simulated_cuts(settings.num_utterances, settings.seconds)
+    kind = CodebookIndexes(
+        label_storage.FrameClock(), Quantizer(8, 256, 8), Origin("a", 1, "b", "c" * 64)
+    )
+    found = label_storage.bytes_of(kind, cuts, settings)
+    assert 500 * 599 * 8 < found < 1.08 * 500 * 599 * 8
+
+
+def test_manifest_that_another_process_writes_first(
+    feature_cuts, teacher, quantizer, origin, tmp_path, monkeypatch
+):
+    whole = dump(feature_cuts, tmp_path / "whole", teacher, quantizer, origin)
+    shutil.copytree(tmp_path / "whole", tmp_path / "ours")
+    kept = tmp_path / "ours/train.jsonl.gz"
+    theirs = kept.read_bytes()
+    for name in ("00000", "00001", "00002"):
+        (tmp_path / f"ours/shards/{name}.jsonl.gz").touch()
+    (tmp_path / "ours/shards/.part-host9-77-00001.h5").write_bytes(b"killed on another host")
+    kept.unlink()
+
+    def too_late(self):
+        kept.write_bytes(theirs)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Shards, "cuts", too_late)
+    done = dump(feature_cuts, tmp_path / "ours", teacher, quantizer, origin)
+    assert [cut.id for cut in done] == [cut.id for cut in whole]
+    assert kept.read_bytes() == theirs
+    names = sorted(path.name for path in (tmp_path / "ours/shards").iterdir())
+    assert names == ["00000.h5", "00001.h5", "00002.h5", "made-from.json"]

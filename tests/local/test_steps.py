@@ -196,3 +196,24 @@ def test_second_run_waits_for_the_first(shell, tmp_path):
     _, said = second.communicate()
     assert first.returncode == second.returncode == 0
     assert "one: done already" in said
+
+
+def test_other_hosts_only_take_part_in_training(shell, tmp_path):
+    lines = (
+        "export PET_NODE_RANK=1\n"
+        'step one "" out/one work one out/one\n'
+        'step two "one" out/two work two out/two -m mvqkd.launch script\n'
+    )
+    done, ran = shell(lines)
+    assert done.returncode == 0 and ran == ["two"]
+    assert not (tmp_path / "exp/stamps").exists()
+    done, _ = shell('PET_NODE_RANK=1\nstep two "" out/two false -m mvqkd.launch script')
+    assert done.returncode == 1
+
+
+def test_launcher_starts_the_command_and_is_no_part_of_the_stamp(shell, tmp_path):
+    launched = 'launch() { echo launched $1 >>said; shift 2; "$@"; }\n'
+    done, ran = shell(launched + "launcher='launch of 4' " + STEP)
+    assert done.returncode == 0 and ran == ["one"]
+    assert (tmp_path / "said").read_text().endswith("launched of\n")
+    assert shell(STEP)[1] == []

@@ -28,6 +28,7 @@ BASE = StudentResult(
     test_sets={"test-clean": CLEAN, "test-other": dataclasses.replace(CLEAN, wer=40.0)},
     origin=ORIGIN,
     training_seconds=190,
+    epochs=8,
     paper={"test-clean": 6.83},
     paper_source="icefall RESULTS-100hours",
 )
@@ -51,6 +52,8 @@ def test_rows_are_compared_with_the_undistilled_student_of_their_kind():
     assert undistilled(ROWS, MVQ) is BASE
     assert undistilled(ROWS, STREAMING) is STREAMING
     assert undistilled(ROWS, dataclasses.replace(MVQ, name="zipformer")) is None
+    longer = dataclasses.replace(BASE, epochs=16)
+    assert undistilled([*ROWS, longer], longer) is BASE
     other_seed = dataclasses.replace(MVQ, origin=dataclasses.replace(ORIGIN, seed=2))
     assert undistilled(ROWS, other_seed) is None
     assert relative_reduction(ROWS, MVQ, "test-clean") == pytest.approx(25.0)
@@ -73,6 +76,7 @@ def test_markdown_table():
         "student",
         "distillation",
         "streaming",
+        "epochs",
         "test-clean WER % [95%]",
         "test-clean published",
         "test-clean reduction",
@@ -98,7 +102,7 @@ def test_markdown_table():
     assert table[1]["test-other WER % [95%]"] == "-"
     assert table[1]["labels / hour"] == "1.4 MB"
     assert table[1]["training"] == "1h02m"
-    assert table[2]["streaming"] == "yes"
+    assert table[2]["streaming"] == "yes" and table[2]["epochs"] == "8"
     assert lines[5:] == ["", "Published: icefall RESULTS-100hours"]
 
 
@@ -115,9 +119,9 @@ def test_text_gives_each_test_set_a_table():
     assert lines[4][columns["reduction"] :].startswith("25.0%  ")
     assert lines[4][columns["difference"] :].startswith("-5.00 [-6.25, -3.75]  ")
     assert lines[4][columns["labels"] :].split() == ["1.4", "MB", "1h02m"]
-    assert [line.split()[:3] for line in other.splitlines()[3:]] == [
-        ["conformer", "none", "no"],
-        ["conformer", "none", "yes"],
+    assert [line.split()[:4] for line in other.splitlines()[3:]] == [
+        ["conformer", "none", "no", "8"],
+        ["conformer", "none", "yes", "8"],
     ]
     assert sources == "Published: icefall RESULTS-100hours\n"
 

@@ -1,6 +1,7 @@
 """The training loop on a small regression task."""
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 
 import pytest
@@ -29,6 +30,7 @@ class Task:
     """Dropout draws from torch's generator; batches depend on the epoch."""
 
     epoch_seconds = BATCHES * 2.0
+    divided = 0
 
     def __init__(self, kill_at=None, kill_in_validation=0, bad_steps=()):
         torch.manual_seed(0)
@@ -42,6 +44,12 @@ class Task:
             x_BC = torch.randn(3, 4, generator=generator)
             if index >= start:
                 yield Batch([f"{epoch}-{index}-{i}" for i in range(3)], x_BC), 2.0
+
+    def largest_batches(self):
+        return [batch for batch, _ in self.batches(1, 0)][:2]
+
+    def divisor(self, batch):
+        return self.divided * len(batch.ids)
 
     def loss(self, batch, step, warmup):
         if step == self.kill_at:
@@ -74,6 +82,13 @@ def log_of(folder):
     return [{k: v for k, v in entry.items() if k != "seconds"} for entry in entries]
 
 
+def state_of(path):
+    """What a checkpoint holds, but for the time that it took."""
+    saved = load_checkpoint(path)
+    saved["progress"].pop("train_seconds")
+    return saved
+
+
 def same(ours, theirs):
     if isinstance(ours, torch.Tensor):
         return torch.equal(ours, theirs)
@@ -84,7 +99,7 @@ def same(ours, theirs):
     return ours == theirs
 
 
-@pytest.mark.parametrize("optimizer", ["eve", "adamw"])
+@pytest.mark.parametrize("optimizer", ["eve", "scaled-adam", "adamw"])
 @pytest.mark.parametrize("checkpoint_seconds", [0, 1e9])
 def test_resumes_bit_for_bit_from_any_step(tmp_path, optimizer, checkpoint_seconds):
     settings = replace(SETTINGS, optimizer=optimizer, checkpoint_seconds=checkpoint_seconds)
@@ -98,7 +113,7 @@ def test_resumes_bit_for_bit_from_any_step(tmp_path, optimizer, checkpoint_secon
         assert expected == (load_checkpoint(saved)["progress"]["step"] if saved.exists() else 0)
         train(Task(), settings, folder, CPU)
         for name in ("epoch-1.pt", "epoch-2.pt", "epoch-3.pt"):
-            ours, theirs = (load_checkpoint(f / name) for f in (folder, tmp_path / "whole"))
+            ours, theirs = (state_of(f / name) for f in (folder, tmp_path / "whole"))
             assert same(ours, theirs), (kill_at, name)
         assert log_of(folder) == log_of(tmp_path / "whole"), kill_at
 
@@ -193,3 +208,73 @@ def test_schedules(tmp_path):
 def test_only_the_last_epochs_are_kept(tmp_path):
     train(Task(), replace(SETTINGS, keep_epochs=2), tmp_path, CPU)
     assert sorted(p.name for p in tmp_path.glob("epoch-*")) == ["epoch-2.pt", "epoch-3.pt"]
+
+
+def test_resumes_from_each_checkpoint_that_is_kept(tmp_path):
+    settings = replace(SETTINGS, save_every_steps=3, keep_steps=2, keep_epochs=2)
+    whole = tmp_path / "whole"
+    train(Task(), settings, whole, CPU)
+    kept = sorted(p.name for p in whole.glob("*-*.pt"))
+    assert kept == ["checkpoint-12.pt", "checkpoint-15.pt", "epoch-2.pt", "epoch-3.pt"]
+    for name in kept:
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(whole / name, folder / "checkpoint.pt")
+        shutil.copy(whole / "log.jsonl", folder)
+        train(Task(), settings, folder, CPU)
+        assert same(state_of(folder / "checkpoint.pt"), state_of(whole / "checkpoint.pt")), name
+        assert log_of(folder) == log_of(whole)
+
+
+@pytest.mark.parametrize("divided", [0, 1])
+def test_accumulated_batches_are_one(tmp_path, divided):
+    class Whole(Task):
+        """Two batches in one, the odd last one alone."""
+
+        def batches(self, epoch, start):
+            single = list(super().batches(epoch, 0))
+            for i in range(2 * start, BATCHES, 2):
+                both = [batch for batch, _ in single[i : i + 2]]
+                ids = [name for batch in both for name in batch.ids]
+                yield Batch(ids, torch.cat([batch.x_BC for batch in both])), 2.0 * len(both)
+
+    settings = replace(SETTINGS, optimizer="adamw", lr=0.002)
+    models = []
+    for task_class, accumulate in ((Task, 2), (Whole, 1)):
+        task = task_class()
+        task.model[1].p, task.divided = 0.0, divided
+        name = task_class.__name__
+        train(task, replace(settings, accumulate=accumulate), tmp_path / name, CPU)
+        models.append(task.model.state_dict())
+    for ours, theirs in zip(*(model.values() for model in models)):
+        torch.testing.assert_close(ours, theirs)
+    logs = [log_of(tmp_path / name) for name in ("Task", "Whole")]
+    assert [e["step"] for e in logs[0]] == [e["step"] for e in logs[1]]
+
+
+def test_scan_names_the_batch_that_does_not_fit_before_the_first_step(tmp_path):
+    class Large(Task):
+        def loss(self, batch, step, warmup):
+            if batch.ids[0].startswith("1-1"):
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+            return super().loss(batch, step, warmup)
+
+    settings = replace(SETTINGS, scan_batches="always")
+    with pytest.raises(RecipeError, match=r"1-1-0, 1-1-1, 1-1-2: .* lower max_duration"):
+        train(Large(), settings, tmp_path / "scanned", CPU)
+    assert not (tmp_path / "scanned/log.jsonl").exists()
+    # Without it, at the batch.
+    with pytest.raises(RecipeError, match=r"1-1-0, 1-1-1, 1-1-2: .* lower max_duration"):
+        train(Large(), SETTINGS, tmp_path / "met", CPU)
+
+
+def test_scan_changes_nothing(tmp_path):
+    train(Task(), SETTINGS, tmp_path / "without", CPU)
+    train(Task(), replace(SETTINGS, scan_batches="always"), tmp_path / "with", CPU)
+    ours, theirs = (state_of(tmp_path / name / "checkpoint.pt") for name in ("with", "without"))
+    assert same(ours, theirs)
+
+
+def test_settings_that_make_no_sense():
+    with pytest.raises(RecipeError, match=r"training\.accumulate: 0; give at least 1"):
+        TrainingSettings(accumulate=0)

@@ -1,0 +1,238 @@
+"""local/dump_labels.py in many processes: torchrun, a Slurm array, killed and gone on with."""
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lhotse import CutSet
+from lhotse.utils import fastcopy
+
+from local.dump_labels import MoreLabels, Settings, main, make_kinds
+from mvqkd.data.labels import LabelSettings
+from mvqkd.data.manifests import write_cuts
+from mvqkd.errors import RecipeError
+from mvqkd.quantizer import save_quantizer
+from tests.conftest import ROOT
+
+OUT = "labels/train.jsonl.gz"
+# The shard in which the cut of the file `late.flac` lies, of six.
+LATE_SHARD = 2
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+FAKE_SBATCH = """#!/usr/bin/env bash
+# Runs the script on stdin for each task of --array=0-N, all at once, as Slurm would.
+set -u
+echo "$@" >>"$SBATCH_SEEN"
+for word; do
+    case $word in --array=0-*) last=${word#--array=0-} ;; --output=*) logs=${word#--output=} ;; esac
+done
+script=$(cat)
+for task in $(seq 0 "$last"); do
+    log=${logs//%A/7} log=${log//%a/$task}
+    SLURM_ARRAY_TASK_ID=$task SLURM_ARRAY_TASK_COUNT=$((last + 1)) SLURM_ARRAY_TASK_MIN=0 \\
+        bash <(echo "$script") >"$log" 2>&1 &
+done
+status=0
+for _ in $(seq 0 "$last"); do wait -n || status=$?; done
+exit $status
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, feature_cuts, teacher, quantizer):
+    """A folder with teacher, quantizer and a manifest, one of whose recordings is `late.flac`."""
+    folder = tmp_path_factory.mktemp("inputs")
+    teacher.save(folder / "teacher")
+    save_quantizer(folder / "quantizer.pt", quantizer, {"teacher": "tiny", "layer": 2})
+    cuts = list(feature_cuts)
+    late = cuts[2 * LATE_SHARD]
+    source = late.recording.sources[0]
+    shutil.copy(source.source, folder / "late.flac")
+    recording = fastcopy(late.recording, sources=[fastcopy(source, source="late.flac")])
+    cuts[2 * LATE_SHARD] = fastcopy(late, recording=recording)
+    write_cuts(CutSet.from_cuts(cuts), folder / "train.jsonl.gz")
+    return folder
+
+
+@pytest.fixture
+def job(inputs, tmp_path):
+    return Path(shutil.copytree(inputs, tmp_path / "job"))
+
+
+def settings(**changes):
+    values = {"labels": LabelSettings(shard_size=2, refine_iters=1), "device": "cpu", **changes}
+    return Settings("teacher", Path("train.jsonl.gz"), Path(OUT), Path("quantizer.pt"), **values)
+
+
+COMMAND = [
+    str(ROOT / "local/dump_labels.py"),
+    *("--teacher", "teacher", "--quantizer", "quantizer.pt", "--device", "cpu"),
+    *("--train_manifest", "train.jsonl.gz", "--out", OUT),
+    *("--labels.shard_size", "2", "--labels.refine_iters", "1"),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """The bytes of an unbroken run of one process."""
+    folder = tmp_path_factory.mktemp("whole") / "job"
+    shutil.copytree(inputs, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main(settings())
+    return written(folder)
+
+
+def written(folder):
+    paths = [path for path in (folder / "labels").rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def test_what_is_left_in_the_end(whole):
+    shards = [f"labels/shards/{number:05d}.h5" for number in range(6)]
+    assert sorted(whole) == [*shards, "labels/shards/made-from.json", OUT]
+
+
+def test_killed_under_torchrun_and_ended_by_another_number(job, whole, monkeypatch):
+    # The worker that comes to this file waits in it, as one does that is killed within a shard.
+    late, kept = job / "late.flac", (job / "late.flac").read_bytes()
+    late.unlink()
+    os.mkfifo(late)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    process = subprocess.Popen(
+        [*torchrun, "--nproc-per-node", "2", *COMMAND],
+        cwd=job,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    said = []
+    while sum(": shard " in line for line in said) < 5:
+        said.append(process.stderr.readline())
+        assert said[-1], "".join(said)
+    for worker in children(process.pid):
+        os.kill(worker, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode != 0
+    shards = job / "labels/shards"
+    done = sorted(path.name.split(".")[0] for path in shards.glob("[0-9]*.jsonl.gz"))
+    assert done == [f"{number:05d}" for number in range(6) if number != LATE_SHARD]
+    assert not (job / OUT).exists() and not (shards / f"{LATE_SHARD:05d}.h5").exists()
+    times = {path: path.stat().st_mtime_ns for path in shards.glob("[0-9]*.h5")}
+
+    assert stat.S_ISFIFO(late.stat().st_mode)
+    late.unlink()
+    late.write_bytes(kept)
+    monkeypatch.chdir(job)
+    main(settings())
+    assert written(job) == whole
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def children(pid):
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_slurm_array_shares_the_shards(job, whole, tmp_path):
+    recipe = tmp_path / "recipe"
+    (recipe / "local").mkdir(parents=True)
+    shutil.copy(ROOT / "local/slurm_array.sh", recipe / "local")
+    (recipe / "path.sh").write_text(f"export PYTHONPATH={ROOT}\n")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/sbatch").write_text(FAKE_SBATCH)
+    (tmp_path / "bin/sbatch").chmod(0o755)
+    env = {
+        **ENVIRONMENT,
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "SBATCH_SEEN": str(tmp_path / "seen"),
+    }
+
+    def submit(*words, **changes):
+        command = ["bash", str(recipe / "local/slurm_array.sh"), *words]
+        return subprocess.run(
+            command, cwd=job, env={**env, **changes}, capture_output=True, text=True
+        )
+
+    done = submit("2", "--partition=gpu", "--", sys.executable, *COMMAND)
+    assert done.returncode == 0, done.stderr
+    seen = (tmp_path / "seen").read_text()
+    assert "--wait --array=0-1" in seen and "--partition=gpu" in seen
+    logs = sorted((recipe / "exp/slurm").iterdir())
+    assert [log.name for log in logs] == ["7_0.log", "7_1.log"]
+    assert sum(log.read_text().count(": shard ") for log in logs) == 6
+    assert written(job) == whole
+
+    failed = submit("1", "--", "false")
+    assert failed.returncode == 1 and "a task failed, see" in failed.stderr
+    assert "no number of tasks" in submit("x", "--", "true").stderr
+    assert "no command after --" in submit("2", "true").stderr
+    (tmp_path / "bin/sbatch").unlink()
+    gone = submit("1", "--", "true", PATH=os.environ["PATH"])
+    assert gone.returncode == 1 and "sbatch is not here" in gone.stderr
+
+
+def test_second_call_and_lost_shards(job, whole, monkeypatch):
+    monkeypatch.chdir(job)
+    main(settings())
+    Path("labels/shards/00001.h5").unlink()
+    main(settings())
+    assert written(job) == whole
+    Path("labels/shards/00001.h5").write_bytes(b"damaged")
+    with pytest.raises(
+        RecipeError, match=r"00001\.h5: .* cannot be read .*remove the file and run"
+    ):
+        main(settings())
+
+
+def test_job_that_would_write_other_labels_is_refused(job, whole, monkeypatch):
+    monkeypatch.chdir(job)
+    main(settings())
+    other = settings(labels=LabelSettings(shard_size=3, refine_iters=1))
+    with pytest.raises(RecipeError) as caught:
+        main(other)
+    assert "made-from.json: labels in this folder are made from shard_size 2, and" in str(
+        caught.value
+    )
+    assert "this job's from 3; give it another folder" in str(caught.value)
+    with pytest.raises(RecipeError, match=r"made from codebook_indexes .*'refine_iters': 1"):
+        main(settings(labels=LabelSettings(shard_size=2, refine_iters=2)))
+    cuts = CutSet.from_file("train.jsonl.gz").to_eager()
+    write_cuts(cuts.subset(first=3), Path("train.jsonl.gz"))
+    with pytest.raises(RecipeError, match="made from cuts 12 of sha256"):
+        main(settings())
+    assert written(job) == whole
+
+
+def test_several_layers_and_kinds_at_once(job, monkeypatch, teacher):
+    monkeypatch.chdir(job)
+    more = [
+        MoreLabels("layer1", layer=1),
+        MoreLabels("layer2", layer=2, dtype="float32", teacher="teacher"),
+        MoreLabels("again", "codebook_indexes", quantizer=Path("quantizer.pt")),
+    ]
+    main(settings(more=more))
+    for cut in CutSet.from_file(OUT):
+        frames = teacher.num_frames(cut.num_samples)
+        assert cut.load_layer1().shape == cut.load_layer2().shape == (frames, 32)
+        assert cut.load_layer1().dtype == np.float16 and cut.load_layer2().dtype == np.float32
+        np.testing.assert_array_equal(cut.load_again(), cut.load_codebook_indexes())
+        origin = cut.custom["layer1_origin"]
+        assert (origin["layer"], origin["quantizer"]) == (1, "float16")
+    for bad, cause in (
+        ([MoreLabels("a")], "a are embeddings; name their layer"),
+        ([MoreLabels("a", "codebook_indexes")], "a are indexes; name their quantizer"),
+        ([MoreLabels("a", layer=3)], "layer 3 is not in 1..2"),
+        ([MoreLabels("codebook_indexes", layer=1)], "two are called codebook_indexes"),
+        ([MoreLabels("a b", layer=1)], "'a b' is no name"),
+    ):
+        with pytest.raises(RecipeError, match=cause):
+            main(settings(more=bad))
+    alone = settings(more=more[:1])
+    alone.quantizer = None
+    assert [kind.field for kind in make_kinds(alone)] == ["layer1"]
