@@ -7,22 +7,24 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import h5py
-import torch
-
 from mvqkd import cli
 from mvqkd.device import describe_device, pick_device
-from mvqkd.errors import RecipeError
 from mvqkd.files import require, written_aside
-from mvqkd.quantizer import QuantizerSettings, save_quantizer, train_quantizer
+from mvqkd.quantizer import (
+    QuantizerSettings,
+    frame_statistics,
+    save_quantizer,
+    train_quantizer,
+)
 from mvqkd.quantizer.diagnostics import check_diagnostics, diagnose, plot_diagnostics
+from mvqkd.teachers.embeddings import open_sample
 
 
 @dataclass
 class Settings:
     """The quantizer conf, and where things are."""
 
-    # HDF5 with data sets train and unseen, float32 (frames, D).
+    # What stage 3 left; it may be larger than memory.
     embeddings: Path
     out_dir: Path
     device: str = "auto"
@@ -32,29 +34,20 @@ class Settings:
 def main(settings: Settings) -> None:
     device = pick_device(settings.device)
     path = require(settings.embeddings, "run stage 3")
-    try:
-        file = h5py.File(path)
-    except OSError as error:
-        raise RecipeError(f"{path}: damaged or cut short ({error}); run stage 3 again") from error
-    with file:
-        frames = torch.from_numpy(file["train"][:])
-        unseen = torch.from_numpy(file["unseen"][:])
-        meta = {
-            "teacher": str(file.attrs["teacher"]),
-            "layer": int(file.attrs["layer"]),
-            "frame_shift": float(file.attrs["frame_shift"]),
-            "frame_offset": float(file.attrs["frame_offset"]),
-        }
-        mean_D, std_D = frames.mean(0), frames.std(0)
+    with open_sample(path) as (train, unseen, meta):
+        mean_D, std_D = frame_statistics(train.frames, train.name, train.describe)
         quantizer = train_quantizer(
-            frames,
+            train.frames,
             settings.quantizer,
             device,
             settings.out_dir / "checkpoint.pt",
             progress=logging.info,
-            name=str(path),
+            name=train.name,
+            statistics=(mean_D, std_D),
+        ).to(device)
+        diagnostics = diagnose(
+            quantizer, unseen.frames, mean_D, name=unseen.name, describe=unseen.describe
         )
-    diagnostics = diagnose(quantizer, unseen.to(device), mean_D.to(device))
     check_diagnostics(diagnostics)
     logging.info(f"RRL on unseen frames by rounds of refinement: {diagnostics['rrl']}")
     plot_diagnostics(diagnostics, settings.out_dir / "diagnostics.png")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quantizer import encode_rate
+from benchmarks.quantizer import encode_rate, train_step
 from benchmarks.quantizer.rows import Row, markdown_table
 from mvqkd.device import describe_device
 from mvqkd.files import written_aside
@@ -32,6 +32,8 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "encode-rate-gpu": lambda options: encode_rate.measure(
         "cuda", 16 * options.frames, options.repeats, options.seed
     ),
+    "train-step-cpu": lambda options: train_step.measure("cpu", options.repeats, options.seed),
+    "train-step-gpu": lambda options: train_step.measure("cuda", options.repeats, options.seed),
 }
 
 
@@ -46,7 +48,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
 
-    rows = [row for name in options.only for row in BENCHMARKS[name](options)]
+    rows = []
+    for name in options.only:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        rows += BENCHMARKS[name](options)
     table = markdown_table(rows)
     print(table)
     if options.out_dir is None:

@@ -18,9 +18,12 @@ from torch.utils.checkpoint import checkpoint as checkpoint_activations
 # CPU; a GPU needs more at once to be busy.
 _CHUNK_LOGITS = {"cpu": 2**20, "cuda": 2**26}
 
+_JOINT_ENTRIES = ("linear1.weight", "linear1.bias", "codebook_embedding.weight", "linear2_weight")
+
 
 class _IndependentLoss(torch.autograd.Function):
-    """Sum over frames and codebooks of the cross-entropy of a linear layer's logits.
+    """Sum over frames and codebooks of the cross-entropy of a linear layer's logits, and how
+    often each codebook's index was the most probable one, which costs nothing here.
 
     The gradients are made together with the loss, chunk by chunk, so that no logits are kept
     for backward, nor computed twice. An index out of range (``weight`` 0 there) has no part.
@@ -29,7 +32,7 @@ class _IndependentLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x_BC: Tensor, weight_NKC: Tensor, bias_NK: Tensor, indexes_BN: Tensor, keep_BN: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         N, K, C = weight_NKC.shape
         weight = weight_NKC.detach().reshape(N * K, C)
         bias = bias_NK.detach().reshape(N * K)
@@ -38,6 +41,7 @@ class _IndependentLoss(torch.autograd.Function):
             matmul_dtype = torch.get_autocast_dtype(x_BC.device.type)
         needs_grad = any(ctx.needs_input_grad[:3])
         loss = torch.zeros((), device=x_BC.device, dtype=torch.float32)
+        hits_N = torch.zeros(N, device=x_BC.device, dtype=torch.float32)
         with torch.autocast(x_BC.device.type, enabled=False):
             weight = weight.to(matmul_dtype)
             if needs_grad:
@@ -53,6 +57,7 @@ class _IndependentLoss(torch.autograd.Function):
                 logits = torch.mm(x, weight.t()).float().add_(bias).view(-1, N, K)
                 logits -= logits.amax(dim=2, keepdim=True)
                 chosen = logits.gather(2, indexes).squeeze(2)
+                hits_N += ((chosen == 0) * keep).sum(dim=0)
                 probs = logits.exp_()
                 total = probs.sum(dim=2)
                 loss += ((total.log() - chosen) * keep).sum()
@@ -73,11 +78,12 @@ class _IndependentLoss(torch.autograd.Function):
                 grad_weight.view(N, K, C).to(weight_NKC.dtype),
                 grad_bias.view(N, K).to(bias_NK.dtype),
             )
-        return loss
+        ctx.mark_non_differentiable(hits_N)
+        return loss, hits_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss: Tensor):
+    def backward(ctx, grad_loss: Tensor, _: Tensor | None):
         grad_x, grad_weight, grad_bias = ctx.saved_tensors
         return (
             grad_x * grad_loss.to(grad_x.dtype),
@@ -99,7 +105,9 @@ class JointCodebookLoss(nn.Module):
       reduction: "sum", "mean" (over the indexes that count) or "none".
       ignore_index: an index of this value has no part in the loss: padding.
       is_joint: whether a codebook's prediction also sees the true indexes of the codebooks before
-        it, through an embedding, a running sum and a ReLU. The published results are with False.
+        it, through an embedding, a running sum and a ReLU. The published results are with False,
+        which leaves the parameters of that path out: without gradient they would only be decayed,
+        saved and sent around. The peer's files load all the same.
       checkpoint: in the joint form, compute the activations again in backward instead of keeping
         them. The independent form keeps none in any case.
     """
@@ -124,12 +132,12 @@ class JointCodebookLoss(nn.Module):
         self.is_joint, self.checkpoint = is_joint, checkpoint
 
         N, K, H = num_codebooks, codebook_size, hidden_channels
-        self.linear1 = nn.Linear(predictor_channels, H)
-        # Kept in the independent form too, so that checkpoints have the same entries.
-        self.codebook_embedding = nn.Embedding(
-            (N - 1) * K, H, _weight=torch.randn((N - 1) * K, H) * H**-0.5
-        )
-        self.linear2_weight = nn.Parameter(torch.randn(N, K, H) * H**-0.5)
+        if is_joint:
+            self.linear1 = nn.Linear(predictor_channels, H)
+            self.codebook_embedding = nn.Embedding(
+                (N - 1) * K, H, _weight=torch.randn((N - 1) * K, H) * H**-0.5
+            )
+            self.linear2_weight = nn.Parameter(torch.randn(N, K, H) * H**-0.5)
         self.linear2b_weight = nn.Parameter(
             torch.randn(N, K, predictor_channels) * predictor_channels**-0.5
         )
@@ -161,6 +169,17 @@ class JointCodebookLoss(nn.Module):
                 ignore_index=self.ignore_index,
                 reduction=self.reduction,
             )
+        return self._independent_loss(x_BC, indexes_BN)[0]
+
+    def loss_and_accuracy(
+        self, predictor: Tensor, codebook_indexes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What ``forward`` and ``accuracy`` give; in the independent form for the price of one."""
+        if self.is_joint or self.reduction == "none":
+            return self(predictor, codebook_indexes), self.accuracy(predictor, codebook_indexes)
+        return self._independent_loss(*self._flatten(predictor, codebook_indexes))
+
+    def _independent_loss(self, x_BC: Tensor, indexes_BN: Tensor) -> tuple[Tensor, Tensor]:
         keep_BN = indexes_BN != self.ignore_index
         if not x_BC.is_cuda:
             # Frames that do not count cost nothing. On a GPU their number is not known without
@@ -168,14 +187,15 @@ class JointCodebookLoss(nn.Module):
             frames = keep_BN.any(dim=1)
             if not bool(frames.all()):
                 x_BC, indexes_BN, keep_BN = x_BC[frames], indexes_BN[frames], keep_BN[frames]
-        loss = _IndependentLoss.apply(
+        loss, hits_N = _IndependentLoss.apply(
             x_BC,
             self.linear2b_weight,
             self.linear2_bias,
             indexes_BN.masked_fill(~keep_BN, 0),
             keep_BN.float(),
         )
-        return loss / keep_BN.sum() if self.reduction == "mean" else loss
+        accuracy_N = hits_N / keep_BN.sum(dim=0).clamp(min=1)
+        return (loss / keep_BN.sum() if self.reduction == "mean" else loss), accuracy_N
 
     @torch.no_grad()
     def accuracy(self, predictor: Tensor, codebook_indexes: Tensor) -> Tensor:
@@ -191,6 +211,13 @@ class JointCodebookLoss(nn.Module):
         for x_bC, indexes_bN in zip(x_BC.split(size), indexes_BN.split(size)):
             hits_N += (self._logits(x_bC, indexes_bN).argmax(dim=2) == indexes_bN).sum(dim=0)
         return hits_N / (indexes_BN != self.ignore_index).sum(dim=0).clamp(min=1)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # The authors' package has the joint form's entries in the independent form too.
+        if not self.is_joint:
+            for name in _JOINT_ENTRIES:
+                state_dict.pop(prefix + name, None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _flatten(self, predictor: Tensor, codebook_indexes: Tensor) -> tuple[Tensor, Tensor]:
         N, K = self.num_codebooks, self.codebook_size

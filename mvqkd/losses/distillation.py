@@ -148,12 +148,15 @@ class Distillation:
 
     def loss(
         self, middle_BTC: torch.Tensor, lens_B: torch.Tensor, labels_BUN: torch.Tensor
-    ) -> torch.Tensor:
-        """Scaled, summed over the batch."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The loss, scaled and summed over the batch; with ``mvq`` also how often each codebook's
+        index was the most probable one, (N,), averaged over a student frame's teacher frames."""
         num_frames = middle_BTC.shape[1]
         labels_BTRN = self._pairing.pair(labels_BUN, num_frames)
         padding_BT = torch.arange(num_frames, device=lens_B.device) >= lens_B[:, None]
         labels_BTRN = labels_BTRN.masked_fill(padding_BT[:, :, None, None], IGNORED)
         if isinstance(self.head, JointCodebookLoss):
-            return self._scale * self.head(middle_BTC, labels_BTRN.flatten(2))
-        return self._scale * self.head(middle_BTC, labels_BTRN)
+            loss, accuracy_RN = self.head.loss_and_accuracy(middle_BTC, labels_BTRN.flatten(2))
+            accuracy_N = accuracy_RN.view(labels_BTRN.shape[2:]).mean(dim=0)
+            return self._scale * loss, accuracy_N
+        return self._scale * self.head(middle_BTC, labels_BTRN), None

@@ -1,12 +1,12 @@
 """The multi-codebook vector quantizer, its training and its diagnostics."""
 
 from mvqkd.quantizer.diagnostics import check_diagnostics, diagnose, plot_diagnostics
+from mvqkd.quantizer.frames import frame_statistics
 from mvqkd.quantizer.quantizer import Quantizer, load_quantizer, save_quantizer
 from mvqkd.quantizer.trainer import (
     LeastSquaresTrainer,
     QuantizerSettings,
     QuantizerTrainer,
-    frame_statistics,
     train_quantizer,
 )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,52 +16,31 @@ from torch import Tensor
 
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
+from mvqkd.quantizer.frames import check_frames, read_blocks, require_frames
 from mvqkd.quantizer.quantizer import Quantizer
 
 # A codebook of which fewer bits than this are used is taken as unused.
 _LEAST_ENTROPY_BITS = 0.5
 
 
-def check_frames(frames_FD: Tensor, least: int, name: str = "frames", first: int = 0) -> None:
-    """Refuse frames that no quantizer can be trained on or judged by.
-
-    Args:
-      frames_FD: the frames.
-      least: how many are needed.
-      name: a file or what else the frames are from, for the message.
-      first: number of the first of them in ``name``.
-    Raises:
-      RecipeError: too few frames, or one with NaN or infinity, named by its number.
-    """
-    if frames_FD.ndim != 2 or frames_FD.shape[0] < least:
-        raise RecipeError(
-            f"{name}: {frames_FD.shape[0]} frames, at least {least} are needed; "
-            "take more utterances"
-        )
-    wrong_F = ~torch.isfinite(frames_FD).all(dim=1)
-    if bool(wrong_F.any()):
-        numbers = (wrong_F.nonzero()[:, 0] + first).tolist()
-        shown = ", ".join(map(str, numbers[:5])) + (" ..." if len(numbers) > 5 else "")
-        raise RecipeError(
-            f"{name}: {len(numbers)} frames with NaN or infinity ({shown}); leave out their "
-            "utterances or run the teacher in float32"
-        )
-
-
 @torch.no_grad()
 def diagnose(
     quantizer: Quantizer,
-    frames_unseen: Tensor,
+    frames_unseen: Any,
     mean: Tensor,
     rounds: Sequence[int] = (0, 1, 2, 3, 4, 5),
+    name: str = "frames unseen in training",
+    describe: Callable[[int], str] = str,
 ) -> dict[str, Any]:
     """Measure a quantizer on frames that it was not trained on.
 
     Args:
       quantizer: as trained.
-      frames_unseen: (F, D), at least as many as a codebook has entries.
+      frames_unseen: (F, D), as `mvqkd.quantizer.frames` has them; at least as many as a codebook
+        has entries.
       mean: (D,), of the frames that the quantizer was trained on.
       rounds: rounds of refinement to measure; indexes are looked at after the last.
+      name, describe: of the frames, for messages, as in `check_frames`.
     Returns:
       plain JSON values: ``num_frames``; ``rrl`` by rounds (keys are strings): sum of (x - x̂)²
       over sum of (x - mean)²; per codebook ``entropy_bits`` of its indexes and ``dead_entries``,
@@ -72,13 +51,14 @@ def diagnose(
       RecipeError: as ``check_frames``.
     """
     K = quantizer.codebook_size
-    check_frames(frames_unseen, K, "frames unseen in training")
+    require_frames(frames_unseen, K, name)
     device = quantizer.centers.device
     mean = mean.to(device, torch.float32)
     total, errors = 0.0, [0.0] * len(rounds)
     last = []
-    for x_BD in frames_unseen.split(4096):
-        x_BD = x_BD.to(device, torch.float32)
+    for start, x_BD in read_blocks(frames_unseen, name):
+        check_frames(x_BD, 1, name, start, describe)
+        x_BD = x_BD.to(device)
         total += float(((x_BD - mean) ** 2).sum(dtype=torch.float64))
         indexes_BN, done = quantizer.compute_indexes(x_BD, 0), 0
         for number, wanted in sorted(enumerate(rounds), key=lambda pair: pair[1]):

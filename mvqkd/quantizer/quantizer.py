@@ -148,10 +148,13 @@ class Quantizer(nn.Module):
             for p in (self.centers, self.centers_scale)
         )
         if self._tables is None or self._tables_key != key:
-            with torch.no_grad(), torch.autocast(self.centers.device.type, enabled=False):
-                self._tables = SearchTables(self.get_centers().float())
-            self._tables_key = key
+            self._tables, self._tables_key = self._make_tables(), key
         return self._tables
+
+    @torch.no_grad()
+    def _make_tables(self) -> SearchTables:
+        with torch.autocast(self.centers.device.type, enabled=False):
+            return SearchTables(self.get_centers().float())
 
     def __getstate__(self) -> dict[str, Any]:
         # Tables are large and quickly made: not copied, pickled or sent to other processes.
@@ -233,18 +236,19 @@ class Quantizer(nn.Module):
         Raises:
           ValueError: an index outside 0..K-1 (padding must be taken out first).
         """
-        N, K = self.num_codebooks, self.codebook_size
+        K = self.codebook_size
         indexes_BN = self._unpack(indexes.reshape(-1, indexes.shape[-1]).long())
         if indexes_BN.numel() and not 0 <= int(indexes_BN.min()) <= int(indexes_BN.max()) < K:
             raise ValueError(
                 f"codebook indexes from {int(indexes_BN.min())} to {int(indexes_BN.max())}: "
                 f"the quantizer has entries 0 to {K - 1}"
             )
-        entries_BN = indexes_BN + torch.arange(0, N * K, K, device=indexes.device)
-        centers_MD = self.get_centers().view(N * K, self.dim)
-        return F.embedding_bag(entries_BN, centers_MD, mode="sum").view(
-            *indexes.shape[:-1], self.dim
-        )
+        return self._sum_of_centers(indexes_BN).view(*indexes.shape[:-1], self.dim)
+
+    def _sum_of_centers(self, indexes_BN: Tensor) -> Tensor:
+        N, K = self.num_codebooks, self.codebook_size
+        entries_BN = indexes_BN + torch.arange(0, N * K, K, device=indexes_BN.device)
+        return F.embedding_bag(entries_BN, self.get_centers().view(N * K, self.dim), mode="sum")
 
     def _unpack(self, indexes_Bn: Tensor) -> Tensor:
         N, n = self.num_codebooks, indexes_Bn.shape[1]
@@ -272,12 +276,22 @@ class Quantizer(nn.Module):
           for ``to_logits``) and for the indexes (no gradient).
         """
         x_BD = self._flatten(x)
-        indexes_BN = self.compute_indexes(x_BD, refine_indexes_iters)
-        error_BD = self.decode(indexes_BN) - x_BD
+        logits_BNK = self._logits(x_BD).unflatten(1, (self.num_codebooks, -1))
+        indexes_BN = logits_BNK.detach().argmax(dim=2)
+        if refine_indexes_iters > 0:
+            if torch.is_grad_enabled():
+                # A step of training may follow, and fused optimizers change the centers without
+                # a new version number.
+                tables, self._tables = self._make_tables(), None
+            else:
+                tables = self.search_tables()
+            with torch.autocast(x_BD.device.type, enabled=False):
+                indexes_BN = tables.refine(x_BD.detach().float(), indexes_BN, refine_indexes_iters)
+        error_BD = self._sum_of_centers(indexes_BN) - x_BD
         total = ((x_BD - self.get_data_mean()) ** 2).sum() + 1.0e-20
         reconstruction_loss = (error_BD**2).sum() / total
 
-        logprobs_BNK = self._logits(x_BD).unflatten(1, (self.num_codebooks, -1)).log_softmax(dim=2)
+        logprobs_BNK = logits_BNK.log_softmax(dim=2)
         logprob_loss = -logprobs_BNK.gather(2, indexes_BN[:, :, None]).mean()
 
         logits_entropy_loss = _entropy_loss(logprobs_BNK.exp().mean(dim=0))

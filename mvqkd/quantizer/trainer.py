@@ -14,25 +14,28 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
-from mvqkd.quantizer.diagnostics import check_frames
+from mvqkd.quantizer.frames import (
+    ShuffledFrames,
+    frame_statistics,
+    random_rows,
+    require_frames,
+)
 from mvqkd.quantizer.quantizer import Quantizer
 
 _ENTROPY_SCALE = 0.01  # of the entropy term in the paper's loss
 _REPORT_ROUNDS = 5  # the RRL is reported for 0 to this many rounds
 _CHECKPOINT_SECONDS = 30.0
-_BLOCK_FRAMES = 16384  # read at a time from a file
 
 
 @dataclass
@@ -183,6 +186,8 @@ class QuantizerTrainer:
             betas=(0.9, 0.98),
             eps=1.0e-9,
             weight_decay=1.0e-6,
+            # One pass over the weights and their moments in place of a dozen.
+            fused=self.device.type in ("cpu", "cuda"),
         )
         self.scheduler = torch.optim.lr_scheduler.StepLR(
             self.optimizer, step_size=max(1, iters // 4), gamma=0.5
@@ -423,47 +428,6 @@ def fold_normalization(quantizer: Quantizer, mean_D: Tensor, deviation: float) -
     return folded
 
 
-def frame_statistics(frames: Any, name: str = "frames") -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each dimension, float32 (D,), in one pass.
-
-    Args:
-      frames: (F, D) tensor, NumPy or memory-mapped array, or HDF5 dataset.
-      name: for messages.
-    Raises:
-      RecipeError: a frame with NaN or infinity (named by its number), or a file that is cut short.
-    """
-    total = square = 0.0
-    shift = None
-    for start, x in _blocks(frames, name):
-        check_frames(x, 1, name, first=start)
-        x = x.double()
-        shift = x.mean(dim=0) if shift is None else shift
-        total, square = total + (x - shift).sum(dim=0), square + (x - shift).square().sum(dim=0)
-    if shift is None:
-        raise RecipeError(f"{name}: no frames; take more utterances")
-    mean = total / len(frames)
-    variance = (square / len(frames) - mean.square()).clamp(min=0.0)
-    return (shift + mean).float().cpu(), variance.sqrt().float().cpu()
-
-
-def _blocks(frames: Any, name: str) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, len(frames), _BLOCK_FRAMES):
-        end = min(start + _BLOCK_FRAMES, len(frames))
-        yield start, _rows(frames, slice(start, end), name)
-
-
-def _rows(frames: Any, rows: slice | np.ndarray, name: str) -> Tensor:
-    """Some rows as float32; an array of rows must be ascending, as HDF5 asks."""
-    if isinstance(frames, Tensor):
-        return frames[rows if isinstance(rows, slice) else torch.from_numpy(rows)].float()
-    try:
-        return torch.from_numpy(np.array(frames[rows], dtype=np.float32))
-    except OSError as error:
-        raise RecipeError(
-            f"{name}: cannot be read, damaged or cut short ({error}); write the frames again"
-        ) from error
-
-
 def train_quantizer(
     frames: Any,
     settings: QuantizerSettings,
@@ -471,6 +435,7 @@ def train_quantizer(
     checkpoint_path: Path | str | None = None,
     progress: Callable[[str], None] | None = print,
     name: str = "frames",
+    statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Quantizer:
     """Train codebooks on frames; resumes from ``checkpoint_path`` if it is there.
 
@@ -484,19 +449,16 @@ def train_quantizer(
         The file may be deleted once the quantizer is saved.
       progress: called with a line of text now and then; None for silence.
       name: of the frames, for messages.
+      statistics: what `frame_statistics` gave for them, where it was called already.
     Returns:
       the quantizer on the CPU in eval mode, named by its weights.
     Raises:
       RecipeError: fewer frames than entries, a frame that is not finite, a damaged file, or a
         checkpoint of other frames or settings.
     """
-    if len(frames.shape) != 2 or frames.shape[0] < settings.codebook_size:
-        raise RecipeError(
-            f"{name}: {frames.shape[0]} frames, at least {settings.codebook_size} are needed for "
-            "as many entries; take more utterances"
-        )
+    require_frames(frames, settings.codebook_size, name)
     device = torch.device(device)
-    mean_D, std_D = frame_statistics(frames, name)
+    mean_D, std_D = statistics or frame_statistics(frames, name)
     origin = {
         "settings": dataclasses.asdict(settings),
         "num_frames": frames.shape[0],
@@ -566,7 +528,7 @@ class _PaperRun:
     """The paper's trainer with its stream of batches."""
 
     def __init__(self, frames, settings, device, name, mean_D, std_D):
-        self.frames, self.settings, self.name, self.device = frames, settings, name, device
+        self.device = device
         self.trainer = QuantizerTrainer(
             frames.shape[1],
             settings.num_codebooks,
@@ -581,18 +543,10 @@ class _PaperRun:
         if settings.standardize:
             deviation = float(std_D.square().mean().sqrt().clamp(min=1e-20))
             self._normalization = (mean_D, deviation)
-        self._epoch, self._order = -1, None
+        self._frames = ShuffledFrames(frames, settings.batch_size, settings.seed, name)
 
     def _batch(self, step: int) -> Tensor:
-        # A batch is a function of seed and step alone, so that a resumed run has the same ones.
-        size = min(self.settings.batch_size, len(self.frames))
-        per_epoch = len(self.frames) // size
-        epoch, place = divmod(step, per_epoch)
-        if epoch != self._epoch:
-            generator = np.random.default_rng((self.settings.seed, epoch))
-            self._epoch, self._order = epoch, generator.permutation(len(self.frames))
-        rows = np.sort(self._order[place * size : (place + 1) * size])
-        x_BD = _rows(self.frames, rows, self.name)
+        x_BD = self._frames.batch(step)
         if self._normalization is not None:
             mean_D, deviation = self._normalization
             x_BD = (x_BD - mean_D.to(x_BD.device)) / deviation
@@ -631,16 +585,7 @@ class _LeastSquaresRun:
             raise RecipeError(
                 f"lsq_frames: {count} frames for {settings.codebook_size} entries; set it higher"
             )
-        order = np.random.default_rng(settings.seed).permutation(len(frames))[:count]
-        sample = torch.empty(count, frames.shape[1])
-        # Read in file order, put in random order.
-        by_row = np.argsort(order)
-        rows = order[by_row]
-        for start, x in _blocks(frames, name):
-            low, high = np.searchsorted(rows, (start, start + len(x)))
-            if high > low:
-                picked = x[torch.from_numpy(rows[low:high] - start)]
-                sample[torch.from_numpy(by_row[low:high])] = picked.cpu()
+        sample = random_rows(frames, count, settings.seed, name)
         self.trainer = LeastSquaresTrainer(sample, settings, device)
 
     def step(self) -> None:

@@ -69,13 +69,17 @@ class StudentTask:
             loss = loss + scale * pruned
         figures = {"simple": simple.item(), "pruned": pruned.item()}
         if self._distillation is not None:
-            distilled = self._distillation.loss(
+            distilled, accuracy_N = self._distillation.loss(
                 output.middle_outputs[0], output.encoder_lens_B, batch.labels_BUN.to(self._device)
             )
             loss = loss + distilled
             figures["distillation"] = distilled.item()
         # Figures are shown per encoder frame, as icefall shows them.
         figures["weight"] = float(output.encoder_lens_B.sum())
+        if self._distillation is not None and accuracy_N is not None:
+            # Accuracies are no sums: weighted, they are averaged over the frames.
+            for n, accuracy in enumerate(accuracy_N.tolist()):
+                figures[f"accuracy-{n}"] = accuracy * figures["weight"]
         return loss, figures
 
     def _forward(self, features_BTF: torch.Tensor, batch: StudentBatch, warmup: float):

@@ -1,22 +1,25 @@
 """Distillation from stored indexes: pairing in time, losses by hand, gradients."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from lhotse import Fbank, FbankConfig
 from torch.nn import functional as F
 
+from mvqkd.data.datamodule import SpecAugmentSettings
 from mvqkd.data.labels import IGNORED
 from mvqkd.errors import RecipeError
 from mvqkd.losses.distillation import Distillation, DistillationSettings, Pairing
 from mvqkd.quantizer import Quantizer
 from mvqkd.students.conformer import Conformer, ConformerSettings
+from mvqkd.students.task import StudentTask
+from mvqkd.students.transducer import TransducerSettings
 from mvqkd.teachers.hubert import HubertTeacher
 from tests.conftest import tiny_hubert
 
 N, K, D, C = 4, 16, 6, 10
-# What only the joint form of the codebook loss uses.
-JOINT_ONLY = ("linear1.", "linear2_weight", "codebook_embedding.")
 
 
 def published(extra_shift=0):
@@ -176,13 +179,17 @@ def test_mvq_is_cross_entropy_per_codebook(parts):
     head = distilled.head
     # The entries of the peer's module, N of each of the two teacher frames.
     assert head.linear2b_weight.shape == (2 * N, K, C)
-    expected = 0
+    expected, hits_RN, counts_R1 = 0, torch.zeros(2, N), torch.zeros(2, 1)
     for b, t, r, indexes_N in pairs_that_count(lens_B, labels_BUN):
         own = slice(r * N, r * N + N)
         logits_NK = head.linear2b_weight[own] @ middle_BTC[b, t] + head.linear2_bias[own]
         expected += F.cross_entropy(logits_NK, indexes_N, reduction="sum")
-    loss = distilled.loss(middle_BTC, lens_B, labels_BUN)
+        hits_RN[r] += logits_NK.argmax(dim=1) == indexes_N
+        counts_R1[r] += 1
+    loss, accuracy_N = distilled.loss(middle_BTC, lens_B, labels_BUN)
     torch.testing.assert_close(loss, 0.3 * expected)
+    assert hits_RN.sum() > 0
+    torch.testing.assert_close(accuracy_N, (hits_RN / counts_R1).mean(dim=0))
     wanted, found = (torch.autograd.grad(x, middle_BTC)[0] for x in (0.3 * expected, loss))
     torch.testing.assert_close(found, wanted)
 
@@ -197,7 +204,7 @@ def test_regression_on_the_decoded_and_normalized_embedding(parts, kind):
         target_D = (quantizer.decode(indexes_N).detach() - meta["mean"]) / meta["std"]
         error_D = predicted_BTRD[b, t, r] - target_D
         expected += (error_D.abs() if kind == "mvq-l1" else error_D**2).mean() / 2
-    loss = distilled.loss(middle_BTC, lens_B, labels_BUN)
+    loss, _ = distilled.loss(middle_BTC, lens_B, labels_BUN)
     torch.testing.assert_close(loss, 0.3 * expected)
     assert set(distilled.head.state_dict()) == {"linear.weight", "linear.bias"}
 
@@ -206,10 +213,9 @@ def test_regression_on_the_decoded_and_normalized_embedding(parts, kind):
 def test_gradient_reaches_the_head_and_the_frames_that_count(parts, kind):
     quantizer, meta, middle_BTC, lens_B, labels_BUN = parts
     distilled = distillation(kind, quantizer, meta)
-    distilled.loss(middle_BTC, lens_B, labels_BUN).backward()
+    distilled.loss(middle_BTC, lens_B, labels_BUN)[0].backward()
     for name, parameter in distilled.head.named_parameters():
-        if not name.startswith(JOINT_ONLY):
-            assert parameter.grad.abs().sum() > 0, name
+        assert parameter.grad.abs().sum() > 0, name
     assert all(parameter.grad is None for parameter in quantizer.parameters())
     counts = {(b, t) for b, t, _, _ in pairs_that_count(lens_B, labels_BUN)}
     for b in range(3):
@@ -222,18 +228,45 @@ def test_ignored_frames_count_nothing(parts, kind):
     quantizer, meta, middle_BTC, lens_B, labels_BUN = parts
     distilled = distillation(kind, quantizer, meta)
     with torch.no_grad():
-        loss = distilled.loss(middle_BTC, lens_B, labels_BUN)
+        loss, _ = distilled.loss(middle_BTC, lens_B, labels_BUN)
         longer_BTC = F.pad(middle_BTC, (0, 0, 0, 3), value=7.0)
         longer_BUN = F.pad(labels_BUN, (0, 0, 0, 4), value=IGNORED)
-        torch.testing.assert_close(distilled.loss(longer_BTC, lens_B, longer_BUN), loss)
+        torch.testing.assert_close(distilled.loss(longer_BTC, lens_B, longer_BUN)[0], loss)
         # Valid labels past the student's length do not count either.
         beyond_BUN = labels_BUN.clone()
         beyond_BUN[1, 8:] = 3
-        torch.testing.assert_close(distilled.loss(middle_BTC, lens_B, beyond_BUN), loss)
+        torch.testing.assert_close(distilled.loss(middle_BTC, lens_B, beyond_BUN)[0], loss)
         alone = [
-            distilled.loss(middle_BTC[b : b + 1], lens_B[b : b + 1], labels_BUN[b : b + 1])
+            distilled.loss(middle_BTC[b : b + 1], lens_B[b : b + 1], labels_BUN[b : b + 1])[0]
             for b in range(3)
         ]
         torch.testing.assert_close(sum(alone), loss)
         nothing_BUN = torch.full_like(labels_BUN, IGNORED)
-        assert distilled.loss(middle_BTC, lens_B, nothing_BUN) == 0
+        assert distilled.loss(middle_BTC, lens_B, nothing_BUN)[0] == 0
+
+
+def test_training_logs_the_accuracy_of_each_codebook(parts):
+    quantizer, meta, middle_BTC, lens_B, labels_BUN = parts
+    distilled = distillation("mvq", quantizer, meta)
+    task = StudentTask(
+        torch.nn.Identity(),
+        TransducerSettings(),
+        SimpleNamespace(seconds=1.0),
+        {},
+        distilled,
+        SpecAugmentSettings(),
+        None,
+        torch.device("cpu"),
+    )
+    task._forward = lambda *args: SimpleNamespace(
+        simple_loss_B=torch.ones(3),
+        pruned_loss_B=torch.ones(3),
+        middle_outputs=[middle_BTC],
+        encoder_lens_B=lens_B,
+    )
+    batch = SimpleNamespace(features_BTF=torch.zeros(3, 30, 8), labels_BUN=labels_BUN)
+    _, figures = task.loss(batch, 1, 0.5)
+    _, accuracy_N = distilled.loss(middle_BTC, lens_B, labels_BUN)
+    # The loop divides by the weight.
+    logged = [figures[f"accuracy-{n}"] / figures["weight"] for n in range(N)]
+    assert logged == pytest.approx(accuracy_N.tolist())

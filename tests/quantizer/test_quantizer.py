@@ -76,6 +76,17 @@ def test_tables_follow_the_centers():
     assert pickle.loads(pickle.dumps(ours))._tables is None
 
 
+def test_tables_follow_a_fused_optimizer():
+    # It changes the weights without telling that it did.
+    ours, _ = pair(2)
+    x = frames_for(ours, 30)
+    optimizer = torch.optim.Adam(ours.parameters(), lr=0.5, fused=True)
+    ours.encode(x)
+    ours.compute_loss(x, 1)[0].backward()
+    optimizer.step()
+    assert torch.equal(ours.encode(x), copy.deepcopy(ours).encode(x))
+
+
 def test_decode_passes_gradient_and_refuses_padding():
     ours, _ = pair(2)
     indexes = torch.tensor([[1, 2], [1, 15]])

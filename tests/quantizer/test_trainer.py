@@ -10,14 +10,15 @@ import torch
 from multi_quantization import QuantizerTrainer as PeerTrainer
 
 from mvqkd.errors import RecipeError
+from mvqkd.quantizer import frames as frames_module
 from mvqkd.quantizer import trainer as trainer_module
+from mvqkd.quantizer.frames import frame_statistics
 from mvqkd.quantizer.quantizer import Quantizer
 from mvqkd.quantizer.trainer import (
     LeastSquaresTrainer,
     QuantizerSettings,
     QuantizerTrainer,
     fold_normalization,
-    frame_statistics,
     train_quantizer,
 )
 
@@ -100,7 +101,9 @@ class _KilledError(Exception):
 
 @pytest.mark.parametrize("settings", [PAPER, LSQ], ids=["paper", "lsq"])
 @pytest.mark.parametrize("kill_at", [2, 6])
-def test_a_killed_run_ends_the_same(settings, kill_at, tmp_path, monkeypatch):
+@pytest.mark.parametrize("pool_frames", [128, 65536])
+def test_a_killed_run_ends_the_same(settings, kill_at, pool_frames, tmp_path, monkeypatch):
+    monkeypatch.setattr(frames_module, "_POOL_FRAMES", pool_frames)
     frames = _frames()
     whole = train_quantizer(frames, settings, progress=None)
     monkeypatch.setattr(trainer_module, "_CHECKPOINT_SECONDS", -1.0)
@@ -209,17 +212,8 @@ def test_files_give_what_a_tensor_gives(settings, tmp_path):
         assert train_quantizer(dataset, settings, progress=None).get_id() == expected.get_id()
 
 
-def test_statistics_are_exact_over_blocks(monkeypatch):
-    frames = 1e-3 * _frames(1000) + 50.0
-    monkeypatch.setattr(trainer_module, "_BLOCK_FRAMES", 300)
-    mean, std = frame_statistics(frames.numpy())
-    torch.testing.assert_close(mean, frames.double().mean(dim=0).float())
-    expected = frames.double().std(dim=0, correction=0).float()
-    torch.testing.assert_close(std, expected, rtol=1e-4, atol=0.0)
-
-
 def test_bad_frames_are_named(monkeypatch):
-    monkeypatch.setattr(trainer_module, "_BLOCK_FRAMES", 100)
+    monkeypatch.setattr(frames_module, "_BLOCK_FRAMES", 100)
     frames = _frames()
     frames[417, 3] = float("inf")
     frames[230, 0] = float("nan")
@@ -231,20 +225,6 @@ def test_bad_frames_are_named(monkeypatch):
         train_quantizer(_frames(), dataclasses.replace(LSQ, lsq_frames=4), progress=None)
     with pytest.raises(RecipeError, match="codebook_size: 32 is not a square"):
         train_quantizer(_frames(), dataclasses.replace(PAPER, codebook_size=32), progress=None)
-
-
-def test_a_file_that_fails_to_read_is_named():
-    class Broken:
-        shape = (600, DIM)
-
-        def __len__(self):
-            return 600
-
-        def __getitem__(self, rows):
-            raise OSError("file read failed")
-
-    with pytest.raises(RecipeError, match=r"frames\.h5: cannot be read, damaged or cut short"):
-        train_quantizer(Broken(), LSQ, progress=None, name="frames.h5")
 
 
 def test_checkpoints_of_other_runs_are_refused(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from mvqkd.data.audio import collate_audio
 from mvqkd.errors import RecipeError
 from mvqkd.teachers import load_teacher
 from mvqkd.teachers.ctc import SYMBOLS
-from mvqkd.teachers.embeddings import SampleSettings, sample_embeddings
+from mvqkd.teachers.embeddings import SampleSettings, open_sample, sample_embeddings
 from mvqkd.teachers.hubert import HubertTeacher
 from tests.conftest import CPU, ROOT, tiny_hubert
 from tests.teachers.batches import check_independence, waveforms
@@ -296,5 +296,27 @@ def test_sample_of_embeddings(plain_cuts, teacher, tmp_path):
     counts = [teacher.num_frames(cut.num_samples) for cut in plain_cuts]
     assert len(frames["unseen"]) in counts
     assert len(frames["train"]) > len(frames["unseen"])
+    with open_sample(out) as (train, unseen, facts):
+        assert facts["teacher"] == "tiny" and unseen.frames.shape[0] in counts
+        # A frame is told by its utterance and its place there, whichever batch it came in.
+        texts = [train.describe(number) for number in range(len(train.frames))]
+        utterance, place = texts[-1].removeprefix("utterance ").split(" frame ")
+        (cut,) = (cut for cut in plain_cuts if cut.id == utterance)
+        assert int(place) == teacher.num_frames(cut.num_samples) - 1
+        embeddings_BTD, _ = teacher.embed(
+            torch.from_numpy(cut.load_audio()), torch.tensor([cut.num_samples]), 2
+        )
+        torch.testing.assert_close(
+            torch.from_numpy(train.frames[-1]), embeddings_BTD[0, -1], rtol=1e-3, atol=1e-4
+        )
+        assert len(set(texts)) == len(texts)
+    out.write_bytes(out.read_bytes()[:3000])
+    cut_short = pytest.raises(RecipeError, match=r"embeddings\.h5: damaged or cut short")
+    with cut_short, open_sample(out):
+        pass
+    with h5py.File(out, "w") as file:
+        file["train"] = [1.0]
+    with pytest.raises(RecipeError, match="no teacher embeddings"), open_sample(out):
+        pass
     with pytest.raises(RecipeError, match=r"sample\.num_utterances: .* fewer than 2"):
         sample_embeddings(plain_cuts, teacher, 2, out, SampleSettings(num_utterances=1), CPU)

@@ -1,0 +1,339 @@
+"""Quantizers of as many bytes beside each other, on real speech: quality, time, rate, memory.
+
+::
+
+    . ./path.sh
+    pip install -r benchmarks/quantizer/requirements.txt
+    python3 -m benchmarks.quantizer.codecs --recordings recordings/ --out-dir exp/benchmarks/codecs
+
+Frames are 40-bin filterbanks stacked over 10 frames (D = 400), and embeddings of the shipped
+teacher, both of a folder of WAV files such as the Free Spoken Digit Dataset's. Whole recordings are
+held out, and the relative reconstruction loss (RRL) is that of their frames, against the mean of
+the others. Each quantizer is trained and encodes in a process of its own, whose growth is its
+memory. ``--peer-steps`` adds the authors' package, trained by as many steps in each phase.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from lhotse import Fbank, FbankConfig, Recording
+
+from mvqkd.device import describe_device
+from mvqkd.errors import RecipeError
+from mvqkd.files import written_aside
+from mvqkd.quantizer import QuantizerSettings, train_quantizer
+from mvqkd.teachers import load_teacher
+
+STACKED = 10
+TEACHER = Path(__file__).parents[2] / "egs/mini/teacher"
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Result:
+    """One quantizer on one kind of frames.
+
+    Attributes:
+      frames: what kind.
+      codec: whose quantizer, and its settings.
+      num_bytes: per frame.
+      rrl: on frames of recordings that were held out.
+      train_seconds, train_cpu_seconds: on the wall, and of processor time over all threads.
+      frames_per_second, frames_per_cpu_second: encoded.
+      memory_mib: by which the process grew, the frames themselves apart.
+    """
+
+    frames: str
+    codec: str
+    num_bytes: int
+    rrl: float
+    train_seconds: float
+    train_cpu_seconds: float
+    frames_per_second: float
+    frames_per_cpu_second: float
+    memory_mib: float
+
+
+Encode = Callable[[np.ndarray], np.ndarray]
+# Gives, for training frames, a function that encodes and decodes: codes, and frames from codes.
+Trainer = Callable[[np.ndarray, int, int], tuple[Encode, Encode]]
+
+
+def _faiss(make: Callable, frames: np.ndarray, num_bytes: int, seed: int) -> tuple[Encode, Encode]:
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    quantizer = make(faiss, frames.shape[1], num_bytes)
+    quantizer.train(frames)
+    return quantizer.compute_codes, quantizer.decode
+
+
+def _product(faiss, dim: int, num_bytes: int):
+    return faiss.ProductQuantizer(dim, num_bytes, 8)
+
+
+def _residual(faiss, dim: int, num_bytes: int, beam: int):
+    quantizer = faiss.ResidualQuantizer(dim, num_bytes, 8)
+    quantizer.max_beam_size = beam
+    # Tables of products between centers in place of vectors: the same codes, sooner.
+    quantizer.use_beam_LUT = 1
+    return quantizer
+
+
+def _local_search(faiss, dim: int, num_bytes: int):
+    return faiss.LocalSearchQuantizer(dim, num_bytes, 8)
+
+
+def _ours(
+    frames: np.ndarray, num_bytes: int, seed: int, rounds: int = 5, **settings
+) -> tuple[Encode, Encode]:
+    wanted = QuantizerSettings(num_codebooks=num_bytes, seed=seed, **settings)
+    quantizer = train_quantizer(torch.from_numpy(frames), wanted, progress=None)
+    return _numpy(partial(quantizer.encode, refine_indexes_iters=rounds)), _numpy(quantizer.decode)
+
+
+def _peer(frames: np.ndarray, num_bytes: int, seed: int, steps: int) -> tuple[Encode, Encode]:
+    from multi_quantization import QuantizerTrainer
+
+    torch.manual_seed(seed)
+    frames_FD = torch.from_numpy(frames)
+    # It starts from centers of a fixed size, so frames are brought to about that.
+    mean_D, deviation = frames_FD.mean(dim=0), frames_FD.std(dim=0).square().mean().sqrt()
+    trainer = QuantizerTrainer(
+        frames.shape[1], num_bytes, CPU, phase_one_iters=steps, phase_two_iters=steps
+    )
+    started = time.monotonic()
+    while not trainer.done():
+        if trainer.cur_iter % 100 == 0:
+            passed = time.monotonic() - started
+            print(f"  step {trainer.cur_iter}/{2 * steps}, {passed:.0f} s", file=sys.stderr)
+        trainer.step((frames_FD[torch.randint(len(frames_FD), (512,))] - mean_D) / deviation)
+    quantizer = trainer.get_quantizer()
+
+    def encode(x_FD: torch.Tensor) -> torch.Tensor:
+        parts = ((x_FD - mean_D) / deviation).split(32)
+        return torch.cat([quantizer.encode(part) for part in parts])
+
+    return _numpy(encode), _numpy(lambda codes: quantizer.decode(codes) * deviation + mean_D)
+
+
+def _numpy(function: Callable[[torch.Tensor], torch.Tensor]) -> Encode:
+    @torch.no_grad()
+    def call(array: np.ndarray) -> np.ndarray:
+        return function(torch.from_numpy(array)).numpy()
+
+    return call
+
+
+def codecs(peer_steps: int) -> dict[str, Trainer]:
+    """All that are compared, by name."""
+    found: dict[str, Trainer] = {
+        "FAISS product": partial(_faiss, _product),
+        "FAISS residual, beam 5": partial(_faiss, partial(_residual, beam=5)),
+        "FAISS residual, beam 16": partial(_faiss, partial(_residual, beam=16)),
+        "FAISS local search": partial(_faiss, _local_search),
+        "ours, 1 round": partial(_ours, rounds=1),
+        "ours, 5 rounds": _ours,
+        "ours, 5 rounds, 20 alternations": partial(_ours, lsq_iters=20),
+    }
+    if peer_steps:
+        steps = partial(_peer, steps=peer_steps)
+        found[f"multi_quantization, {peer_steps} + {peer_steps} steps"] = steps
+    return found
+
+
+def _status_kib(field: str) -> int:
+    # getrusage's peak is that of the parent where it is larger.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def _measure(
+    trainer: Trainer, paths: tuple[Path, Path], num_bytes: int, seed: int, threads: int, pipe
+) -> None:
+    torch.set_num_threads(threads)
+    train, unseen = (np.load(path) for path in paths)
+    before = _status_kib("VmRSS")
+    wall, cpu = time.perf_counter(), time.process_time()
+    encode, decode = trainer(train, num_bytes, seed)
+    train_seconds = time.perf_counter() - wall, time.process_time() - cpu
+    encode(unseen[:64])  # what is compiled or made once
+    wall, cpu = time.perf_counter(), time.process_time()
+    codes = encode(unseen)
+    encode_seconds = time.perf_counter() - wall, time.process_time() - cpu
+    grown = _status_kib("VmHWM") - before
+    assert codes.nbytes == num_bytes * len(unseen)
+    error = np.square(decode(codes) - unseen, dtype=np.float64).sum()
+    total = np.square(unseen - train.mean(axis=0, dtype=np.float64)).sum()
+    rates = [len(unseen) / seconds for seconds in encode_seconds]
+    pipe.send((error / total, *train_seconds, *rates, grown / 1024))
+
+
+def _read(path: Path, rate: int) -> torch.Tensor:
+    return torch.from_numpy(Recording.from_file(path).resample(rate).load_audio())
+
+
+def filterbanks(paths: list[Path]) -> np.ndarray:
+    """Stacked log filterbanks, (F, 400), of recordings at 8 kHz."""
+    fbank = Fbank(FbankConfig(sampling_rate=8000, num_mel_bins=40))
+    pieces = []
+    for path in paths:
+        features = np.asarray(fbank.extract(_read(path, 8000).numpy(), 8000))
+        windows = np.lib.stride_tricks.sliding_window_view(features, STACKED, axis=0)
+        pieces.append(windows.transpose(0, 2, 1).reshape(len(windows), -1))
+    return np.concatenate(pieces).astype(np.float32)
+
+
+def embeddings(paths: list[Path], teacher_path: Path, layer: int) -> np.ndarray:
+    """A teacher's embeddings (F, D) of recordings at 16 kHz."""
+    teacher = load_teacher(str(teacher_path))
+    pieces = []
+    for path in paths:
+        waveform_1L = _read(path, 16000)
+        frames_1TD, lengths_1 = teacher.embed(
+            waveform_1L, torch.tensor(waveform_1L.shape[1:]), layer
+        )
+        pieces.append(frames_1TD[0, : int(lengths_1)].numpy())
+    return np.concatenate(pieces).astype(np.float32)
+
+
+def _table(results: list[Result]) -> str:
+    head = ("frames", "bytes", "codec", "RRL, unseen", "training s", "frames/s", "memory MiB")
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for r in results:
+        cells = (
+            r.frames,
+            r.num_bytes,
+            r.codec,
+            f"{r.rrl:.4f}",
+            f"{r.train_seconds:.1f}",
+            f"{r.frames_per_second:,.0f}",
+            f"{r.memory_mib:,.0f}",
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def plot(results: list[Result], path: Path) -> None:
+    """RRL against bytes, training time and encoding rate; a row for each kind of frames."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(r.frames for r in results))
+    names = list(dict.fromkeys(r.codec for r in results))
+    panels = (
+        ("bytes per frame", "num_bytes", 2),
+        ("training time (s)", "train_seconds", 10),
+        ("encoding rate (frames/s)", "frames_per_second", 10),
+    )
+    figure = Figure(figsize=(15, 4.2 * len(kinds)), dpi=100, layout="constrained")
+    all_axes = figure.subplots(len(kinds), len(panels), squeeze=False)
+    for row, kind in zip(all_axes, kinds):
+        for axes, (label, key, base) in zip(row, panels):
+            for k, name in enumerate(names):
+                points = [r for r in results if r.frames == kind and r.codec == name]
+                xs, ys = [getattr(r, key) for r in points], [r.rrl for r in points]
+                marker = "s" if name.startswith("ours") else "o"
+                axes.plot(xs, ys, marker=marker, markersize=4, color=f"C{k}", label=name)
+            axes.set_xscale("log", base=base)
+            axes.set_yscale("log")
+            axes.set(title=kind, xlabel=label, ylabel="RRL on unseen frames")
+            axes.grid(alpha=0.3, which="both")
+    all_axes[0][0].legend(fontsize="small")
+    with written_aside(path) as aside:
+        FigureCanvasAgg(figure).print_png(aside)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recordings", type=Path, required=True, help="folder of WAV files")
+    parser.add_argument("--teacher", type=Path, default=TEACHER)
+    parser.add_argument("--layer", type=int, default=5, help="of the teacher")
+    parser.add_argument("--frames", nargs="+", choices=("fbank", "teacher"), default=None)
+    parser.add_argument("--bytes", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--only", nargs="+", metavar="CODEC", help="begin of names; default: all")
+    parser.add_argument("--max-recordings", type=int, help="at random; default: all")
+    parser.add_argument("--unseen-share", type=float, default=0.1, help="of the recordings")
+    parser.add_argument("--peer-steps", type=int, default=0, help="per phase; 0: leave it out")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out-dir", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+
+    paths = sorted(options.recordings.rglob("*.wav"))
+    if len(paths) < 2:
+        raise RecipeError(f"{options.recordings}: fewer than 2 WAV files; name another folder")
+    order = np.random.default_rng(options.seed).permutation(len(paths))[: options.max_recordings]
+    num_unseen = max(1, round(options.unseen_share * len(order)))
+    parts = [paths[i] for i in order[num_unseen:]], [paths[i] for i in order[:num_unseen]]
+    kinds = {
+        "fbank": (f"filterbanks, {STACKED} x 40", filterbanks),
+        "teacher": (
+            f"embeddings of {options.teacher.parent.name}'s teacher",
+            partial(embeddings, teacher_path=options.teacher, layer=options.layer),
+        ),
+    }
+    trainers = {
+        name: trainer
+        for name, trainer in codecs(options.peer_steps).items()
+        if options.only is None or name.startswith(tuple(options.only))
+    }
+    options.out_dir.mkdir(parents=True, exist_ok=True)
+    results, sizes = [], {}
+    spawn = multiprocessing.get_context("spawn")
+    for key in options.frames or kinds:
+        kind, make = kinds[key]
+        frame_paths = tuple(options.out_dir / f"{key}-{part}.npy" for part in ("train", "unseen"))
+        for recordings, path in zip(parts, frame_paths):
+            frames = make(recordings)
+            np.save(path, frames)
+            sizes[path.stem] = list(frames.shape)
+            print(f"{kind}: {len(recordings)} recordings, {frames.shape}", file=sys.stderr)
+        for num_bytes in options.bytes:
+            for name, trainer in trainers.items():
+                receive, send = spawn.Pipe(duplex=False)
+                job = (trainer, frame_paths, num_bytes, options.seed, options.threads, send)
+                process = spawn.Process(target=_measure, args=job)
+                process.start()
+                send.close()
+                result = Result(kind, name, num_bytes, *receive.recv())
+                process.join()
+                results.append(result)
+                print(_table([result]).splitlines()[-1], file=sys.stderr, flush=True)
+        for path in frame_paths:
+            path.unlink()
+
+    table = _table(results)
+    print(table)
+    typed = sys.argv[1:] if arguments is None else arguments
+    document = {
+        "command": shlex.join(["python3", "-m", "benchmarks.quantizer.codecs", *typed]),
+        "device": describe_device(CPU),
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "seed": options.seed,
+        "frames": sizes,
+        "results": [dataclasses.asdict(result) for result in results],
+    }
+    for name, text in (("table.md", table), ("results.json", json.dumps(document, indent=1))):
+        with written_aside(options.out_dir / name) as aside:
+            aside.write_text(text + "\n", encoding="utf-8")
+    plot(results, options.out_dir / "codecs.png")
+
+
+if __name__ == "__main__":
+    main()
