@@ -46,7 +46,7 @@ def main(settings: Settings) -> None:
     }
     for path in settings.test_manifests:
         part = path.name.split(".")[0]
-        data = StudentData(read_cuts(path), tokens, data_settings, seed=0, with_labels=False)
+        data = StudentData(read_cuts(path), tokens, data_settings, seed=0)
         results, rtf = decode(model, data, tokens, settings.decoding, device)
         counts = save_results(out_dir, part, name, results)
         logging.info(counts.line(f"{part}-{name}"))

@@ -44,7 +44,7 @@ class MoreLabels:
     revision: str | None = None
     # Of codebook indexes; knows its layer.
     quantizer: Path | None = None
-    # Of embeddings.
+    # Of embeddings. None: as for the codebook indexes, of the same teacher.
     layer: int | None = None
     dtype: Literal["float16", "float32"] = "float16"
 
@@ -74,7 +74,9 @@ def make_kinds(settings: Settings) -> list[LabelKind]:
     if settings.quantizer is not None:
         wanted.insert(0, MoreLabels("codebook_indexes", "codebook_indexes", None, None))
         wanted[0].quantizer = settings.quantizer
-    teachers, kinds = {}, []
+    teachers, kinds, own_layer = {}, [], None
+    if settings.quantizer is not None:
+        own_layer = load_quantizer(settings.quantizer)[1].get("layer")
     for label in wanted:
         name, revision = label.teacher, label.revision
         if name is None:
@@ -83,9 +85,12 @@ def make_kinds(settings: Settings) -> list[LabelKind]:
             teachers[name, revision] = load_teacher(name, revision)
         teacher = teachers[name, revision]
         if label.kind == "embeddings":
-            if label.layer is None:
+            layer = label.layer
+            if layer is None and label.teacher is None:
+                layer = own_layer
+            if layer is None:
                 raise RecipeError(f"more: {label.field} are embeddings; name their layer")
-            kinds.append(Embeddings(teacher, label.layer, label.dtype, label.field))
+            kinds.append(Embeddings(teacher, layer, label.dtype, label.field))
         else:
             if label.quantizer is None:
                 raise RecipeError(f"more: {label.field} are indexes; name their quantizer")

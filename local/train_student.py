@@ -1,4 +1,4 @@
-"""Train one student, with or without a teacher's labels."""
+"""Train one student, with or without a teacher."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from lhotse import CutSet
 
 from mvqkd import cli
 from mvqkd.data.datamodule import DataSettings, StudentData
-from mvqkd.data.labels import Origin, check_origin
 from mvqkd.data.manifests import read_cuts
 from mvqkd.data.tokens import load_tokens
 from mvqkd.device import describe_device, pick_device
-from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
-from mvqkd.losses.distillation import Distillation, DistillationSettings, Pairing
+from mvqkd.losses.distillation import DistillationSettings
 from mvqkd.processes import is_main, num_processes
-from mvqkd.quantizer import load_quantizer
+from mvqkd.students.distilled import build_distillation
 from mvqkd.students.task import StudentTask
 from mvqkd.students.transducer import TransducerSettings, build_transducer
 from mvqkd.training.loop import TrainingSettings, train
@@ -35,32 +34,14 @@ class Settings:
     dev_manifests: list[Path]
     tokens_dir: Path
     exp_dir: Path
+    # More cuts with features and labels, of which only the teacher is learned from.
+    untranscribed_manifests: list[Path] = field(default_factory=list)
     device: str = "auto"
     # vocab_size is taken from tokens_dir.
     model: TransducerSettings = field(default_factory=TransducerSettings)
     data: DataSettings = field(default_factory=DataSettings)
     distillation: DistillationSettings = field(default_factory=DistillationSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
-
-
-def make_distillation(settings: Settings, model, cuts) -> Distillation | None:
-    wanted = settings.distillation
-    if wanted.kind == "none":
-        return None
-    if wanted.quantizer is None:
-        raise RecipeError(f"distillation.quantizer: kind {wanted.kind} needs one; name its file")
-    quantizer, meta = load_quantizer(wanted.quantizer)
-    for cut in cuts:
-        check_origin(cut, Origin.of(meta), wanted.accept_unknown_origin)
-    encoder = model.encoder
-    pairing = Pairing(
-        encoder.frame_shift,
-        encoder.frame_offset,
-        meta["frame_shift"],
-        meta["frame_offset"],
-        wanted.pairing_shift,
-    )
-    return Distillation(wanted, settings.model.encoder.d_model, pairing, quantizer, meta)
 
 
 def log_beside(exp_dir: Path) -> None:
@@ -91,18 +72,21 @@ def main(settings: Settings) -> None:
     device = pick_device(settings.device)
     tokens = load_tokens(settings.tokens_dir)
     train_cuts = read_cuts(settings.train_manifest)
+    for path in settings.untranscribed_manifests:
+        unread = (cut.drop_supervisions() for cut in read_cuts(path))
+        train_cuts = CutSet.from_cuts([*train_cuts, *unread])
     settings.model.vocab_size = len(tokens)
-    distilled = settings.distillation.kind != "none"
-    if distilled:
-        settings.model.encoder.middle_output_layers = [settings.distillation.layer]
+    settings.model.encoder.middle_output_layers = settings.distillation.layers()
     torch.manual_seed(settings.training.seed)
     model = build_transducer(settings.model)
-    distillation = make_distillation(settings, model, train_cuts)
+    distillation = build_distillation(settings.distillation, model.encoder, train_cuts, device)
+    fields, with_audio = [], False
     if distillation is not None:
         model.codebook_loss_net = distillation.head
+        fields, with_audio = distillation.fields, distillation.in_loop
     seed = settings.training.seed
     dev_data = {
-        path.name.split(".")[0]: StudentData(read_cuts(path), tokens, settings.data, seed, False)
+        path.name.split(".")[0]: StudentData(read_cuts(path), tokens, settings.data, seed)
         for path in settings.dev_manifests
     }
     if is_main():
@@ -110,7 +94,7 @@ def main(settings: Settings) -> None:
     task = StudentTask(
         model,
         settings.model,
-        StudentData(train_cuts, tokens, settings.data, seed, distilled),
+        StudentData(train_cuts, tokens, settings.data, seed, fields, with_audio),
         dev_data,
         distillation,
         settings.data.spec_augment,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from lhotse import CutSet
+from lhotse.cut import MixedCut
 from lhotse.dataset import DynamicBucketingSampler
 
 from mvqkd.errors import RecipeError, reason_of
@@ -33,9 +34,10 @@ def load_audio(cut) -> np.ndarray:
     try:
         return cut.load_audio()[0]
     except Exception as error:  # lhotse's backends raise their own kinds
-        source = cut.recording.sources[0].source
+        # A mixed cut has several recordings; its reason names the one.
+        source = "" if isinstance(cut, MixedCut) else f"{cut.recording.sources[0].source}: "
         raise RecipeError(
-            f"{source}: cut {cut.id} cannot be read ({reason_of(error)}); "
+            f"{source}cut {cut.id} cannot be read ({reason_of(error)}); "
             "restore the file, or make the manifests again"
         ) from error
 

@@ -1,22 +1,25 @@
 """Batches of features, tokens and labels for the student.
 
-B: utterances, T: feature frames, U: teacher frames, N: codebooks.
+B: utterances, T: feature frames, U: teacher frames, N: codebooks or dimensions, L: samples.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import sentencepiece
 import torch
 from lhotse import CutSet
+from lhotse.cut import MixedCut
 from lhotse.dataset import SpecAugment
 
-from mvqkd.data.audio import bucketed_batches, largest_batches
-from mvqkd.data.labels import collate_indexes, load_indexes
+from mvqkd.data.audio import bucketed_batches, collate_audio, largest_batches
+from mvqkd.data.labels import collate_labels, load_labels
+from mvqkd.data.time_warp import TimeWarp
 from mvqkd.errors import RecipeError
 
 # What padding frames hold: the log of silence, as lhotse pads.
@@ -25,13 +28,16 @@ LOG_EPSILON = -23.025850929940457
 
 @dataclass
 class SpecAugmentSettings:
-    """Park et al. 2019 (arXiv 1904.08779); no time warp, which labels would not follow."""
+    """Park et al. 2019 (arXiv 1904.08779)."""
 
+    # Most feature frames by which time is moved; labels are moved with it. 0, as published: none.
+    time_warp_factor: int = 0
     num_feature_masks: int = 2
     features_mask_size: int = 27
     num_frame_masks: int = 10
     frames_mask_size: int = 100
     max_frames_mask_fraction: float = 0.15
+    # Share of the utterances that are masked, and of those that are warped.
     p: float = 0.9
 
 
@@ -49,14 +55,21 @@ class DataSettings:
 
 @dataclass
 class StudentBatch:
-    """B utterances; labels where the student is distilled."""
+    """B utterances, with what the student is distilled by: stored labels, or the waveforms.
+
+    An utterance without transcript has no tokens (None) and an empty text.
+    """
 
     ids: list[str]
     features_BTF: torch.Tensor
     lengths_B: torch.Tensor
-    tokens: list[list[int]]
+    tokens: list[list[int] | None]
     texts: list[str]
-    labels_BUN: torch.Tensor | None
+    # By field: indexes (B, U, N) or embeddings (B, U, D).
+    labels: dict[str, torch.Tensor] = field(default_factory=dict)
+    # For teachers in the training loop.
+    waveforms_BL: torch.Tensor | None = None
+    samples_B: torch.Tensor | None = None
 
 
 def load_features(cut) -> np.ndarray:
@@ -65,19 +78,34 @@ def load_features(cut) -> np.ndarray:
     Raises:
       RecipeError: the file that the manifest names is missing or damaged.
     """
-    if cut.features is None:
+    if not cut.has_features:
         raise RecipeError(f"cut {cut.id}: has no features; run stage 0")
     try:
-        return cut.load_features()
+        # lhotse pads to float64.
+        return cut.load_features().astype(np.float32, copy=False)
     except (OSError, KeyError) as error:
+        path = "" if isinstance(cut, MixedCut) else f"{cut.features.storage_path}: "
         raise RecipeError(
-            f"{cut.features.storage_path}: features of cut {cut.id} cannot be read "
-            f"({type(error).__name__}); run stage 0 again"
+            f"{path}features of cut {cut.id} cannot be read ({type(error).__name__}); "
+            "run stage 0 again"
         ) from error
 
 
+def transcript(cut) -> str | None:
+    """What is said in ``cut``; None where nobody has written it down."""
+    texts = [s.text for s in cut.supervisions if s.text is not None]
+    return " ".join(texts) if texts else None
+
+
 class StudentData:
-    """The batches of one manifest."""
+    """The batches of one manifest.
+
+    Args:
+      fields: of the labels that batches hold.
+      with_audio: whether they hold the waveforms too.
+
+    With neither, every cut must have a transcript.
+    """
 
     def __init__(
         self,
@@ -85,11 +113,13 @@ class StudentData:
         tokens: sentencepiece.SentencePieceProcessor,
         settings: DataSettings,
         seed: int,
-        with_labels: bool,
+        fields: Sequence[str] = (),
+        with_audio: bool = False,
     ) -> None:
         self._cuts, self._tokens, self._settings = cuts, tokens, settings
-        self._seed, self._with_labels = seed, with_labels
+        self._seed, self._fields, self._with_audio = seed, fields, with_audio
         self._cache: dict[str, tuple] = {}
+        self._audio_cache: dict[str, np.ndarray] | None = {} if settings.cache else None
         self.seconds = sum(cut.duration for cut in cuts)
 
     def batches(
@@ -127,12 +157,16 @@ class StudentData:
     def _load(self, cut) -> tuple:
         if cut.id in self._cache:
             return self._cache[cut.id]
-        text = cut.supervisions[0].text
+        text = transcript(cut)
+        if text is None and not self._fields and not self._with_audio:
+            raise RecipeError(
+                f"cut {cut.id}: has no transcript, and no teacher to learn from; remove it"
+            )
         item = (
             torch.from_numpy(load_features(cut)),
-            self._tokens.encode(text),
-            text,
-            load_indexes(cut) if self._with_labels else None,
+            None if text is None else self._tokens.encode(text),
+            text or "",
+            [load_labels(cut, field) for field in self._fields],
         )
         if self._settings.cache:
             self._cache[cut.id] = item
@@ -140,6 +174,7 @@ class StudentData:
 
     def _collate(self, cuts: CutSet) -> StudentBatch:
         features, tokens, texts, labels = zip(*map(self._load, cuts))
+        audio = collate_audio(cuts, self._audio_cache) if self._with_audio else None
         return StudentBatch(
             ids=[cut.id for cut in cuts],
             features_BTF=torch.nn.utils.rnn.pad_sequence(
@@ -148,12 +183,16 @@ class StudentData:
             lengths_B=torch.tensor([len(f) for f in features]),
             tokens=list(tokens),
             texts=list(texts),
-            labels_BUN=collate_indexes(list(labels)) if self._with_labels else None,
+            labels={
+                field: collate_labels(of_cuts) for field, of_cuts in zip(self._fields, zip(*labels))
+            },
+            waveforms_BL=audio.waveforms_BL if audio else None,
+            samples_B=audio.lengths_B if audio else None,
         )
 
 
 def make_spec_augment(settings: SpecAugmentSettings) -> SpecAugment:
-    """lhotse's; it draws from Python's ``random``."""
+    """The masks, which are lhotse's; they are drawn from the generators of Python and torch."""
     return SpecAugment(
         time_warp_factor=None,
         num_feature_masks=settings.num_feature_masks,
@@ -163,3 +202,27 @@ def make_spec_augment(settings: SpecAugmentSettings) -> SpecAugment:
         max_frames_mask_fraction=settings.max_frames_mask_fraction,
         p=settings.p,
     )
+
+
+class Augment:
+    """SpecAugment, which also tells what it does to time."""
+
+    def __init__(self, settings: SpecAugmentSettings) -> None:
+        self._settings, self._mask = settings, make_spec_augment(settings)
+
+    def __call__(
+        self, features_BTF: torch.Tensor, lengths_B: torch.Tensor
+    ) -> tuple[torch.Tensor, list[TimeWarp | None] | None]:
+        """The augmented features, and how each utterance is warped; None where none is."""
+        warps = None
+        if self._settings.time_warp_factor > 0:
+            warps = [self._warp(length) for length in lengths_B.tolist()]
+            features_BTF = torch.stack(
+                [x_TF if w is None else w.features(x_TF) for w, x_TF in zip(warps, features_BTF)]
+            )
+        return self._mask(features_BTF), warps
+
+    def _warp(self, num_frames: int) -> TimeWarp | None:
+        if random.random() >= self._settings.p:
+            return None
+        return TimeWarp.drawn(num_frames, self._settings.time_warp_factor)

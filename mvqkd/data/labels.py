@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from lhotse import CutSet
 from lhotse.array import Array, TemporalArray
-from lhotse.cut import MixedCut, PaddingCut
+from lhotse.cut import Cut, MixedCut, PaddingCut
 from lhotse.features.io import close_cached_file_handles
 from lhotse.utils import fastcopy
 
@@ -42,7 +43,8 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and students do not n
 
 FIELD = "codebook_indexes"
 ORIGIN_FIELD = "codebook_indexes_origin"
-# What padding is filled with: cross-entropy leaves it out. 0 would be a valid index.
+# What padding of indexes is filled with: cross-entropy leaves it out. 0 would be a valid index.
+# Padding of embeddings is NaN: any number may be valid.
 IGNORED = -100
 # How far the times of two cuts may lie apart that are the same (s): versions of lhotse round
 # differently.
@@ -166,6 +168,32 @@ class Embeddings:
 LabelKind = CodebookIndexes | Embeddings
 
 
+@torch.inference_mode()
+def compute_labels(
+    kinds: Sequence[LabelKind], waveforms_BL: torch.Tensor, lengths_B: torch.Tensor
+) -> dict[str, tuple[torch.Tensor, list[int]]]:
+    """By field, the labels (F, columns) of a batch's utterances one after the other, and how many
+    frames each of them has. A layer that several kinds are of is computed once.
+
+    Args:
+      waveforms_BL, lengths_B: see `Teacher.embed`; where the kinds have been moved to.
+    """
+    embedded: dict[tuple[int, int], tuple[torch.Tensor, list[int]]] = {}
+    labels = {}
+    for kind in kinds:
+        source = (id(kind.teacher), kind.origin.layer)
+        if source not in embedded:
+            embeddings_BTD, frames_B = kind.teacher.embed(
+                waveforms_BL, lengths_B, kind.origin.layer
+            )
+            frames_T = torch.arange(embeddings_BTD.shape[1], device=waveforms_BL.device)
+            inside_BT = frames_T < frames_B[:, None]
+            embedded[source] = (embeddings_BTD[inside_BT], frames_B.tolist())
+        embeddings_FD, frames = embedded[source]
+        labels[kind.field] = (kind.encode(embeddings_FD), frames)
+    return labels
+
+
 class Dumper:
     """Gives cuts their labels, a shard at a time.
 
@@ -195,27 +223,16 @@ class Dumper:
         labels = {kind.field: kind.made_from() for kind in self.kinds}
         return {"max_duration": self._settings.max_duration, **labels}
 
-    @torch.inference_mode()
     def _labels(self, cuts: CutSet) -> dict[str, list[np.ndarray]]:
         """By field, those of each cut."""
         batch = collate_audio(cuts)
-        waveforms_BL = batch.waveforms_BL.to(self._device)
-        lengths_B = batch.lengths_B.to(self._device)
-        embedded: dict[tuple[int, int], tuple[torch.Tensor, list[int]]] = {}
-        labels = {}
-        for kind in self.kinds:
-            source = (id(kind.teacher), kind.origin.layer)
-            if source not in embedded:
-                embeddings_BTD, frames_B = kind.teacher.embed(
-                    waveforms_BL, lengths_B, kind.origin.layer
-                )
-                frames_T = torch.arange(embeddings_BTD.shape[1], device=self._device)
-                inside_BT = frames_T < frames_B[:, None]
-                embedded[source] = (embeddings_BTD[inside_BT], frames_B.tolist())
-            embeddings_FD, frames = embedded[source]
-            encoded = kind.encode(embeddings_FD).cpu()
-            labels[kind.field] = [part.numpy() for part in encoded.split(frames)]
-        return labels
+        labels = compute_labels(
+            self.kinds, batch.waveforms_BL.to(self._device), batch.lengths_B.to(self._device)
+        )
+        return {
+            field: [part.numpy() for part in encoded.cpu().split(frames)]
+            for field, (encoded, frames) in labels.items()
+        }
 
     def __call__(self, cuts: CutSet, arrays: ArrayFile) -> CutSet:
         cuts = CutSet.from_cuts([fastcopy(cut) for cut in cuts])  # the caller's stay as they are
@@ -460,7 +477,7 @@ def check_origin(cut, origin: Origin, accept_unknown: bool, field: str = FIELD) 
     Raises:
       RecipeError: ``cut`` has no labels, or labels that ``origin`` did not make.
     """
-    custom = cut.custom or {}
+    custom = labelled_part(cut, field)[0].custom or {}
     if field not in custom:
         raise RecipeError(f"cut {cut.id}: has no {field}; run stage 5")
     found = custom.get(origin_field(field))
@@ -502,35 +519,66 @@ def _stored(cut, field: str = FIELD, whole: bool = False) -> np.ndarray:
         ) from error
 
 
-def load_indexes(cut) -> np.ndarray:
-    """int64 (T, N) over the whole cut; `IGNORED` where a padded or mixed cut has no label.
+def labelled_part(cut, field: str = FIELD) -> tuple[Cut, float]:
+    """What of a padded or mixed cut carries ``field``, and at what second of the cut it begins;
+    any other cut as it is.
+
+    Raises:
+      RecipeError: not exactly one of the tracks of a mixed cut carries it.
+    """
+    if not isinstance(cut, MixedCut):
+        return cut, 0.0
+    tracks = [
+        track
+        for track in cut.tracks
+        if not isinstance(track.cut, PaddingCut) and field in (track.cut.custom or {})
+    ]
+    if len(tracks) != 1:
+        raise RecipeError(
+            f"cut {cut.id}: {len(tracks)} of its tracks have {field}; exactly one must"
+        )
+    return tracks[0].cut, tracks[0].offset
+
+
+def load_labels(cut, field: str = FIELD) -> np.ndarray:
+    """(T, columns) over the whole cut: indexes as int64, embeddings as they are stored.
+
+    Where a padded or mixed cut has no label: `IGNORED`, and NaN in embeddings.
 
     Raises:
       RecipeError: there are no labels, or their file is missing or damaged.
     """
-    if not isinstance(cut, MixedCut):
-        return _stored(cut).astype(np.int64)
-    tracks = [
-        track
-        for track in cut.tracks
-        if not isinstance(track.cut, PaddingCut) and FIELD in (track.cut.custom or {})
-    ]
-    if len(tracks) != 1:
-        raise RecipeError(
-            f"cut {cut.id}: {len(tracks)} of its tracks have {FIELD}; exactly one must"
-        )
-    track = tracks[0]
-    labels_TN = _stored(track.cut)
-    frame_shift = track.cut.custom[FIELD].frame_shift
-    padded_TN = np.full((round(cut.duration / frame_shift), labels_TN.shape[1]), IGNORED)
-    first = round(track.offset / frame_shift)
+    part, offset = labelled_part(cut, field)
+    labels_TN = _stored(part, field)
+    is_float = labels_TN.dtype.kind == "f"
+    if not is_float:
+        labels_TN = labels_TN.astype(np.int64)
+    if part is cut:
+        return labels_TN
+    frame_shift = part.custom[field].frame_shift
+    shape = (round(cut.duration / frame_shift), labels_TN.shape[1])
+    padded_TN = np.full(shape, np.nan if is_float else IGNORED, labels_TN.dtype)
+    first = round(offset / frame_shift)
     last = min(first + len(labels_TN), len(padded_TN))
     padded_TN[first:last] = labels_TN[: last - first]
     return padded_TN
 
 
-def collate_indexes(indexes: list[np.ndarray]) -> torch.Tensor:
-    """int64 (B, T, N), padded with `IGNORED`."""
+def no_label(dtype: torch.dtype) -> float:
+    """What stands in labels of ``dtype`` for a frame that has none."""
+    return math.nan if dtype.is_floating_point else IGNORED
+
+
+def has_label(labels: torch.Tensor) -> torch.Tensor:
+    """(...), true for the frames of ``labels`` (..., columns) that have one."""
+    if labels.is_floating_point():
+        return ~labels[..., 0].isnan()
+    return (labels != IGNORED).all(-1)
+
+
+def collate_labels(labels: Sequence[np.ndarray]) -> torch.Tensor:
+    """(B, T, columns), padded with `no_label`."""
+    tensors = [torch.from_numpy(part) for part in labels]
     return torch.nn.utils.rnn.pad_sequence(
-        [torch.from_numpy(i) for i in indexes], batch_first=True, padding_value=IGNORED
+        tensors, batch_first=True, padding_value=no_label(tensors[0].dtype)
     )

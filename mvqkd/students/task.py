@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from mvqkd.data.datamodule import SpecAugmentSettings, StudentBatch, StudentData, make_spec_augment
+from mvqkd.data.datamodule import Augment, SpecAugmentSettings, StudentBatch, StudentData
 from mvqkd.decoding.scoring import Result, word_error_rate
 from mvqkd.decoding.search import greedy_search_batch
 from mvqkd.losses.distillation import Distillation
@@ -28,7 +28,8 @@ def pruned_loss_scale(warmup: float) -> float:
 
 
 class StudentTask:
-    """A transducer on transcribed speech, with or without a teacher's labels."""
+    """A transducer on transcribed speech, with or without a teacher; with one also on speech that
+    nobody has transcribed."""
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class StudentTask:
         self.epoch_seconds = train_data.seconds
         self._settings, self._train, self._dev = settings, train_data, dev_data
         self._distillation, self._tokens, self._device = distillation, tokens, device
-        self._spec_augment = make_spec_augment(spec_augment)
+        self._augment = Augment(spec_augment)
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[StudentBatch, float]]:
         return self._train.batches(epoch, start, rank(), num_processes())
@@ -60,27 +61,38 @@ class StudentTask:
     def loss(
         self, batch: StudentBatch, step: int, warmup: float
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        features_BTF = self._spec_augment(batch.features_BTF).to(self._device)
-        output = self._forward(features_BTF, batch, warmup)
+        features_BTF, warps = self._augment(batch.features_BTF, batch.lengths_B)
+        output = self._forward(features_BTF.to(self._device), batch, warmup)
         simple, pruned = output.simple_loss_B.sum(), output.pruned_loss_B.sum()
         scale = pruned_loss_scale(warmup)
         loss = SIMPLE_LOSS_SCALE * simple
         if scale > 0:
             loss = loss + scale * pruned
         figures = {"simple": simple.item(), "pruned": pruned.item()}
-        if self._distillation is not None:
-            distilled, accuracy_N = self._distillation.loss(
-                output.middle_outputs[0], output.encoder_lens_B, batch.labels_BUN.to(self._device)
-            )
-            loss = loss + distilled
-            figures["distillation"] = distilled.item()
         # Figures are shown per encoder frame, as icefall shows them.
-        figures["weight"] = float(output.encoder_lens_B.sum())
-        if self._distillation is not None and accuracy_N is not None:
-            # Accuracies are no sums: weighted, they are averaged over the frames.
-            for n, accuracy in enumerate(accuracy_N.tolist()):
-                figures[f"accuracy-{n}"] = accuracy * figures["weight"]
+        weight = float(output.encoder_lens_B.sum())
+        if self._distillation is not None:
+            distilled = self._distillation.losses(
+                output.middle_outputs, output.encoder_lens_B, self._labels(batch), warps
+            )
+            for name, (term_loss, accuracy_N) in distilled.items():
+                loss = loss + term_loss
+                figures[f"{name}distillation"] = term_loss.item()
+                if accuracy_N is not None:
+                    # Accuracies are no sums: weighted, they are averaged over the frames.
+                    for n, accuracy in enumerate(accuracy_N.tolist()):
+                        figures[f"{name}accuracy-{n}"] = accuracy * weight
+        figures["weight"] = weight
         return loss, figures
+
+    def _labels(self, batch: StudentBatch) -> dict[str, torch.Tensor]:
+        """Stored, and from the teachers in the loop."""
+        labels = {name: labels.to(self._device) for name, labels in batch.labels.items()}
+        if self._distillation.in_loop:
+            labels |= self._distillation.computed_labels(
+                batch.waveforms_BL.to(self._device), batch.samples_B.to(self._device)
+            )
+        return labels
 
     def _forward(self, features_BTF: torch.Tensor, batch: StudentBatch, warmup: float):
         return self.model(

@@ -119,7 +119,7 @@ class TransducerOutput(NamedTuple):
 class Transducer(nn.Module):
     """Encoder, predictor and joiner with the two losses of pruned training.
 
-    ``codebook_loss_net``, None at first, holds the head that learns a teacher's codebook indexes
+    ``codebook_loss_net``, None at first, holds the head (or heads) that learns from a teacher
     where the caller sets one; it is not needed to decode.
     """
 
@@ -146,7 +146,7 @@ class Transducer(nn.Module):
         self,
         x_BTF: Tensor,
         x_lens_B: Tensor,
-        y: Sequence[Sequence[int]],
+        y: Sequence[Sequence[int] | None],
         prune_range: int = 5,
         am_scale: float = 0.0,
         lm_scale: float = 0.25,
@@ -156,7 +156,7 @@ class Transducer(nn.Module):
 
         Args:
           x_BTF, x_lens_B: features and their lengths, see :class:`Conformer`.
-          y: the tokens of each utterance, without blank.
+          y: the tokens of each utterance, without blank; None: not known, its losses are 0.
           prune_range: token positions per frame in the pruned loss.
           am_scale, lm_scale: smoothing of the simple loss, by its acoustic and language part.
           warmup: passed to the encoder; the weights of the losses are the caller's.
@@ -173,13 +173,36 @@ class Transducer(nn.Module):
         self,
         encoder_out_BTC: Tensor,
         encoder_lens_B: Tensor,
-        y: Sequence[Sequence[int]],
+        y: Sequence[Sequence[int] | None],
         prune_range: int = 5,
         am_scale: float = 0.0,
         lm_scale: float = 0.25,
     ) -> tuple[Tensor, Tensor]:
-        """(simple, pruned) loss per utterance, (B,) each, of an encoder's output."""
+        """(simple, pruned) loss per utterance, (B,) each, of an encoder's output.
+
+        An utterance whose tokens are None has losses of 0. Where that is each of them, the
+        parameters that only these losses use still get a gradient, of 0.
+        """
         device = encoder_out_BTC.device
+        known = [b for b, tokens in enumerate(y) if tokens is not None]
+        if not known:
+            simple_zero = self._zero(self.decoder, self.simple_am_proj, self.simple_lm_proj)
+            pruned_zero = self._zero(self.decoder, self.joiner)
+            return simple_zero.expand(len(y)), pruned_zero.expand(len(y))
+        if len(known) < len(y):
+            rows = torch.tensor(known, device=device)
+            of_known = self.losses(
+                encoder_out_BTC[rows],
+                encoder_lens_B[rows],
+                [y[b] for b in known],
+                prune_range,
+                am_scale,
+                lm_scale,
+            )
+            simple_loss_B, pruned_loss_B = (
+                loss.new_zeros(len(y)).index_copy(0, rows, loss) for loss in of_known
+            )
+            return simple_loss_B, pruned_loss_B
         y_lens_B = torch.tensor([len(tokens) for tokens in y], dtype=torch.int64)
         symbols_BS = torch.full((len(y), int(y_lens_B.max())), BLANK, dtype=torch.int64)
         for row, tokens in zip(symbols_BS, y):
@@ -226,6 +249,11 @@ class Transducer(nn.Module):
                 reduction="none",
             )
         return simple_loss_B, pruned_loss_B
+
+    @staticmethod
+    def _zero(*modules: nn.Module) -> Tensor:
+        """0, with a gradient of 0 for the parameters of ``modules``."""
+        return sum(0.0 * p.float().sum() for module in modules for p in module.parameters())
 
 
 def build_transducer(settings: TransducerSettings) -> Transducer:

@@ -12,7 +12,7 @@ from mvqkd.data.datamodule import (
     StudentData,
     make_spec_augment,
 )
-from mvqkd.data.labels import IGNORED, load_indexes
+from mvqkd.data.labels import FIELD, IGNORED, load_labels
 from mvqkd.data.tokens import TokenSettings, load_tokens, train_tokens
 from mvqkd.errors import RecipeError
 
@@ -26,15 +26,15 @@ def tokens(feature_cuts, tmp_path_factory):
 
 @pytest.fixture
 def make_data(labelled_cuts, tokens):
-    def make(seed=1, cache=False, with_labels=True):
+    def make(seed=1, cache=False, fields=(FIELD,)):
         settings = DataSettings(max_duration=9, num_buckets=2, cache=cache)
-        return StudentData(labelled_cuts, tokens, settings, seed, with_labels)
+        return StudentData(labelled_cuts, tokens, settings, seed, fields)
 
     return make
 
 
 def flat(batches):
-    return [(b.ids, b.features_BTF, b.lengths_B, b.labels_BUN, b.tokens, s) for b, s in batches]
+    return [(b.ids, b.features_BTF, b.lengths_B, b.labels[FIELD], b.tokens, s) for b, s in batches]
 
 
 def assert_equal(one, two):
@@ -60,9 +60,10 @@ def test_a_batch_holds_what_its_cuts_hold(make_data, labelled_cuts, tokens):
             assert (batch.features_BTF[i, T:] == LOG_EPSILON).all()
             assert batch.texts[i] == cut.supervisions[0].text
             assert batch.tokens[i] == tokens.encode(batch.texts[i])
-            labels_TN = load_indexes(cut)
-            np.testing.assert_array_equal(batch.labels_BUN[i, : len(labels_TN)], labels_TN)
-            assert (batch.labels_BUN[i, len(labels_TN) :] == IGNORED).all()
+            labels_TN = load_labels(cut)
+            found_UN = batch.labels[FIELD][i]
+            np.testing.assert_array_equal(found_UN[: len(labels_TN)], labels_TN)
+            assert (found_UN[len(labels_TN) :] == IGNORED).all()
     assert sorted(ids) == sorted(by_id)
 
 
@@ -94,13 +95,13 @@ def test_cache_changes_nothing(make_data):
 
 
 def test_same_batches_with_and_without_labels(make_data):
-    without = [(b.ids, b.labels_BUN) for b, _ in make_data(with_labels=False).batches(0)]
+    without = [(b.ids, b.labels) for b, _ in make_data(fields=()).batches(0)]
     assert [ids for ids, _ in without] == [b.ids for b, _ in make_data().batches(0)]
-    assert all(labels is None for _, labels in without)
+    assert all(labels == {} for _, labels in without)
 
 
 def test_cut_without_labels_gets_its_line(feature_cuts, tokens):
-    data = StudentData(CutSet.from_cuts(feature_cuts), tokens, DataSettings(), 1, True)
+    data = StudentData(CutSet.from_cuts(feature_cuts), tokens, DataSettings(), 1, [FIELD])
     with pytest.raises(RecipeError, match="has no codebook_indexes; run stage 5"):
         next(data.batches(0))
 

@@ -24,10 +24,10 @@ from mvqkd.data.labels import (
     LabelSettings,
     Origin,
     check_origin,
-    collate_indexes,
+    collate_labels,
     dump_labels,
     join_labels,
-    load_indexes,
+    load_labels,
     verify_labels,
 )
 from mvqkd.data.manifests import read_cuts
@@ -68,7 +68,7 @@ def test_dumped_labels_are_verified_and_read_by_lhotse_alone(
         indexes_TN = cut.load_codebook_indexes()
         assert indexes_TN.dtype == np.uint8
         assert indexes_TN.shape == (teacher.num_frames(cut.num_samples), 4)
-        np.testing.assert_array_equal(load_indexes(cut), indexes_TN)
+        np.testing.assert_array_equal(load_labels(cut), indexes_TN)
         assert cut.custom[FIELD].frame_shift == 0.02 and cut.custom[FIELD].temporal_dim == 0
         assert Origin(**cut.custom[ORIGIN_FIELD]) == origin
         wave_1L = torch.from_numpy(cut.load_audio())
@@ -87,7 +87,7 @@ def test_labels_do_not_depend_on_the_batch(
     feature_cuts, labelled_cuts, teacher, quantizer, origin, tmp_path
 ):
     alone = dump(feature_cuts, tmp_path, teacher, quantizer, origin, max_duration=0.1)
-    pairs = [(load_indexes(a), load_indexes(b)) for a, b in zip(alone, labelled_cuts)]
+    pairs = [(load_labels(a), load_labels(b)) for a, b in zip(alone, labelled_cuts)]
     same = np.concatenate([(a == b).ravel() for a, b in pairs])
     # Sums in another order may tip a near tie.
     assert same.mean() > 0.995
@@ -126,7 +126,7 @@ def test_labels_of_unknown_origin_must_be_accepted(own_labels, teacher, quantize
         check_origin(cut, origin, accept_unknown=False)
     check_origin(cut, origin, accept_unknown=True)
     del cut.custom[FIELD]
-    for check in (lambda: check_origin(cut, origin, True), lambda: load_indexes(cut)):
+    for check in (lambda: check_origin(cut, origin, True), lambda: load_labels(cut)):
         with pytest.raises(RecipeError, match=f"cut {cut.id}: has no codebook_indexes; run stage"):
             check()
 
@@ -176,23 +176,23 @@ def test_label_file_that_is_missing_or_damaged(own_labels):
         if content is not None:
             path.write_bytes(content)
         with pytest.raises(RecipeError, match=rf"^{path}: {FIELD} of cut {cuts[0].id} cannot be"):
-            load_indexes(cuts[0])
+            load_labels(cuts[0])
 
 
 def test_truncated_cut_gets_its_slice(labelled_cuts):
     cut = labelled_cuts[0]
-    whole_TN = load_indexes(cut)
+    whole_TN = load_labels(cut)
     part = cut.truncate(offset=0.5, duration=1.0, preserve_id=True)
-    np.testing.assert_array_equal(load_indexes(part), whole_TN[25:75])
+    np.testing.assert_array_equal(load_labels(part), whole_TN[25:75])
     again = part.truncate(offset=0.2, duration=0.4)
-    np.testing.assert_array_equal(load_indexes(again), whole_TN[35:55])
+    np.testing.assert_array_equal(load_labels(again), whole_TN[35:55])
 
 
 def test_padding_is_ignored_not_a_valid_index(labelled_cuts):
     cut = labelled_cuts[0]
-    labels_TN = load_indexes(cut)
-    right_TN = load_indexes(cut.pad(duration=cut.duration + 1))
-    left_TN = load_indexes(cut.pad(duration=cut.duration + 1, direction="left"))
+    labels_TN = load_labels(cut)
+    right_TN = load_labels(cut.pad(duration=cut.duration + 1))
+    left_TN = load_labels(cut.pad(duration=cut.duration + 1, direction="left"))
     for padded_TN in (right_TN, left_TN):
         assert len(padded_TN) == round((cut.duration + 1) / 0.02)
         assert (padded_TN != IGNORED).sum() == labels_TN.size
@@ -202,23 +202,23 @@ def test_padding_is_ignored_not_a_valid_index(labelled_cuts):
 
 def test_mixed_cut_keeps_the_labels_of_its_speech(labelled_cuts, plain_cuts):
     cut, noise = labelled_cuts[0], list(plain_cuts)[4]
-    labels_TN = load_indexes(cut)
+    labels_TN = load_labels(cut)
     mixed = cut.mix(noise.truncate(duration=1.0), offset_other_by=0.3, snr=10)
-    np.testing.assert_array_equal(load_indexes(mixed)[: len(labels_TN)], labels_TN)
+    np.testing.assert_array_equal(load_labels(mixed)[: len(labels_TN)], labels_TN)
     under = noise.truncate(duration=1.0).mix(cut, offset_other_by=0.6, snr=0)
-    labels_under_TN = load_indexes(under)
+    labels_under_TN = load_labels(under)
     assert (labels_under_TN[:30] == IGNORED).all()
     np.testing.assert_array_equal(labels_under_TN[30 : 30 + len(labels_TN)], labels_TN)
     assert (labels_under_TN[30 + len(labels_TN) :] == IGNORED).all()
     with pytest.raises(RecipeError, match="2 of its tracks have codebook_indexes; exactly one"):
-        load_indexes(cut.append(labelled_cuts[1]))
+        load_labels(cut.append(labelled_cuts[1]))
     with pytest.raises(RecipeError, match="0 of its tracks"):
-        load_indexes(noise.pad(duration=noise.duration + 1))
+        load_labels(noise.pad(duration=noise.duration + 1))
 
 
 def test_collated_padding():
     one, two = np.zeros((3, 2), np.int64), np.ones((5, 2), np.int64)
-    labels_BTN = collate_indexes([one, two])
+    labels_BTN = collate_labels([one, two])
     assert labels_BTN.dtype == torch.int64 and labels_BTN.shape == (2, 5, 2)
     assert (labels_BTN[0, 3:] == IGNORED).all() and (labels_BTN != IGNORED).sum() == 16
 
@@ -242,7 +242,7 @@ def test_dump_goes_on_where_it_was_killed(
     assert not (tmp_path / "killed/train.jsonl.gz").exists()
     done = dump(feature_cuts, tmp_path / "killed", teacher, quantizer, origin)
     for a, b in zip(done, whole):
-        np.testing.assert_array_equal(load_indexes(a), load_indexes(b))
+        np.testing.assert_array_equal(load_labels(a), load_labels(b))
     assert len(read_cuts(tmp_path / "killed/train.jsonl.gz")) == len(feature_cuts)
     shutil.rmtree(tmp_path / "killed")
 
@@ -273,7 +273,7 @@ def test_labels_under_ids_of_another_scheme(labelled_cuts, feature_cuts):
         others.append(renamed(cut, f"{recording}-{number}", recording, start=cut.start + 2e-3))
     joined = join_labels(feature_cuts, CutSet.from_cuts(others))
     for cut, labelled in zip(joined, labelled_cuts):
-        np.testing.assert_array_equal(load_indexes(cut), load_indexes(labelled))
+        np.testing.assert_array_equal(load_labels(cut), load_labels(labelled))
 
 
 def test_labels_that_cannot_be_matched_are_refused_with_both_ids(labelled_cuts, feature_cuts):
@@ -304,7 +304,7 @@ def test_published_labels_without_recordings_are_joined_by_id(labelled_cuts, fea
         for cut in labelled_cuts
     )
     for cut, labelled in zip(join_labels(feature_cuts, published), labelled_cuts):
-        np.testing.assert_array_equal(load_indexes(cut), load_indexes(labelled))
+        np.testing.assert_array_equal(load_labels(cut), load_labels(labelled))
         assert ORIGIN_FIELD not in cut.custom
 
 
@@ -386,7 +386,7 @@ def test_labels_stay_with_lhotse_alone(feature_cuts, teacher, quantizer, origin,
         for cut in found:
             np.testing.assert_array_equal(cut.load_codebook_indexes(), whole[cut.id][0])
             np.testing.assert_array_equal(cut.load_layer1(), whole[cut.id][1])
-            np.testing.assert_array_equal(load_indexes(cut), whole[cut.id][0])
+            np.testing.assert_array_equal(load_labels(cut), whole[cut.id][0])
             check_origin(cut, origin, accept_unknown=False)
 
 

@@ -9,9 +9,13 @@ from lhotse import Fbank, FbankConfig
 from torch.nn import functional as F
 
 from mvqkd.data.datamodule import SpecAugmentSettings
-from mvqkd.data.labels import IGNORED
-from mvqkd.errors import RecipeError
-from mvqkd.losses.distillation import Distillation, DistillationSettings, Pairing
+from mvqkd.data.labels import FIELD, IGNORED
+from mvqkd.losses.distillation import (
+    Distillation,
+    Pairing,
+    Term,
+    TermSettings,
+)
 from mvqkd.quantizer import Quantizer
 from mvqkd.students.conformer import Conformer, ConformerSettings
 from mvqkd.students.task import StudentTask
@@ -58,9 +62,24 @@ def test_other_frame_rates():
     assert (same.group_size, same.first_frame()) == (1, 0)
     assert Pairing(0.02, 0.045, 0.02, 0.0125).first_frame() == 1
     assert Pairing(0.08, 0.04, 0.02, 0.01).group_size == 4
-    for teacher_shift in (0.03, 0.06):
-        with pytest.raises(RecipeError, match="a student frame of 40 ms is no multiple of"):
-            Pairing(0.04, 0.035, teacher_shift, 0.0125)
+
+
+@pytest.mark.parametrize("student_shift", [0.02, 0.04, 0.08])
+@pytest.mark.parametrize("teacher_shift", [0.0125, 0.02, 0.025, 0.03, 0.04, 0.06, 0.1])
+@pytest.mark.parametrize("teacher_offset", [0.0, 0.0125, 0.05])
+def test_any_two_frame_rates_are_matched_by_time(student_shift, teacher_shift, teacher_offset):
+    pairing = Pairing(student_shift, 0.035, teacher_shift, teacher_offset)
+    pairs_TR = pairing.pair(frame_numbers(4000), 500)[0, :, :, 0]
+    centres_T = 0.035 + student_shift * torch.arange(500)
+    groups_TR = teacher_offset + teacher_shift * pairs_TR
+    inside_T = (pairs_TR != IGNORED).all(1)
+    late_T = (centres_T - groups_TR.mean(1))[inside_T]
+    # Over 40 s no drift: the latest group that is not after the student frame.
+    assert late_T.min() > -1e-3 and late_T.max() < teacher_shift + 1e-3
+    assert inside_T.sum() > 490
+    # No teacher frame is left out.
+    if teacher_shift <= student_shift:
+        assert (pairs_TR[inside_T].unique().diff() == 1).all()
 
 
 def centres_heard(respond, num_samples=8000, step=40):
@@ -160,8 +179,8 @@ def parts():
 
 def distillation(kind, quantizer, meta, scale=0.3):
     torch.manual_seed(2)
-    settings = DistillationSettings(kind=kind, scale=scale)
-    return Distillation(settings, C, published(), quantizer, meta)
+    settings = TermSettings(kind, scale, field=FIELD)
+    return Term(settings, C, published(), quantizer, meta["mean"], meta["std"])
 
 
 def pairs_that_count(lens_B, labels_BUN):
@@ -253,7 +272,7 @@ def test_training_logs_the_accuracy_of_each_codebook(parts):
         TransducerSettings(),
         SimpleNamespace(seconds=1.0),
         {},
-        distilled,
+        Distillation([distilled]),
         SpecAugmentSettings(),
         None,
         torch.device("cpu"),
@@ -264,7 +283,9 @@ def test_training_logs_the_accuracy_of_each_codebook(parts):
         middle_outputs=[middle_BTC],
         encoder_lens_B=lens_B,
     )
-    batch = SimpleNamespace(features_BTF=torch.zeros(3, 30, 8), labels_BUN=labels_BUN)
+    batch = SimpleNamespace(
+        features_BTF=torch.zeros(3, 30, 8), lengths_B=4 * lens_B, labels={FIELD: labels_BUN}
+    )
     _, figures = task.loss(batch, 1, 0.5)
     _, accuracy_N = distilled.loss(middle_BTC, lens_B, labels_BUN)
     # The loop divides by the weight.

@@ -14,7 +14,7 @@ from torch import multiprocessing, nn
 from mvqkd.data.audio import AudioBatch, bucketed_batches, largest_batches
 from mvqkd.data.datamodule import SpecAugmentSettings, StudentBatch
 from mvqkd.errors import RecipeError
-from mvqkd.losses.distillation import Distillation, DistillationSettings, Pairing
+from mvqkd.losses.distillation import Distillation, Pairing, Term, TermSettings
 from mvqkd.processes import gathered, rank
 from mvqkd.quantizer import Quantizer
 from mvqkd.students.conformer import ConformerSettings
@@ -93,7 +93,7 @@ class StudentHalves:
                     torch.tensor([len(f) for f in features]),
                     list(tokens),
                     [""] * len(chosen),
-                    pad(labels, batch_first=True, padding_value=-100),
+                    {"codebook_indexes": pad(labels, batch_first=True, padding_value=-100)},
                 ),
                 1.0,
             )
@@ -123,13 +123,10 @@ def student_task(kind, count, size):
     distillation = None
     if kind != "none":
         quantizer = Quantizer(6, 16, 4, generator=torch.Generator().manual_seed(1))
-        distillation = Distillation(
-            DistillationSettings(kind, layer=1),
-            16,
-            Pairing(0.04, 0.035, 0.02, 0.0125),
-            quantizer,
-            {"mean": torch.zeros(6), "std": torch.ones(6)},
-        )
+        pairing = Pairing(0.04, 0.035, 0.02, 0.0125)
+        settings_of_term = TermSettings(kind, layer=1, field="codebook_indexes")
+        statistics = torch.zeros(6), torch.ones(6)
+        distillation = Distillation([Term(settings_of_term, 16, pairing, quantizer, *statistics)])
         model.codebook_loss_net = distillation.head
     return StudentTask(
         model,
