@@ -181,14 +181,14 @@ class Transducer(nn.Module):
         """(simple, pruned) loss per utterance, (B,) each, of an encoder's output.
 
         An utterance whose tokens are None has losses of 0. Where that is each of them, the
-        parameters that only these losses use still get a gradient, of 0.
+        parameters that these losses use still get a gradient, of 0.
         """
         device = encoder_out_BTC.device
         known = [b for b, tokens in enumerate(y) if tokens is not None]
         if not known:
-            simple_zero = self._zero(self.decoder, self.simple_am_proj, self.simple_lm_proj)
-            pruned_zero = self._zero(self.decoder, self.joiner)
-            return simple_zero.expand(len(y)), pruned_zero.expand(len(y))
+            projections = self.simple_am_proj, self.simple_lm_proj
+            simple_zero = self._zero(self.encoder, self.decoder, *projections)
+            return simple_zero.expand(len(y)), self._zero(self.joiner).expand(len(y))
         if len(known) < len(y):
             rows = torch.tensor(known, device=device)
             of_known = self.losses(
@@ -252,7 +252,8 @@ class Transducer(nn.Module):
 
     @staticmethod
     def _zero(*modules: nn.Module) -> Tensor:
-        """0, with a gradient of 0 for the parameters of ``modules``."""
+        """0, with a gradient of 0 for the parameters of ``modules``, for less than a backward
+        pass."""
         return sum(0.0 * p.float().sum() for module in modules for p in module.parameters())
 
 

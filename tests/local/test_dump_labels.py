@@ -225,7 +225,7 @@ def test_several_layers_and_kinds_at_once(job, monkeypatch, teacher):
         origin = cut.custom["layer1_origin"]
         assert (origin["layer"], origin["quantizer"]) == (1, "float16")
     for bad, cause in (
-        ([MoreLabels("a")], "a are embeddings; name their layer"),
+        ([MoreLabels("a", teacher="teacher")], "a are embeddings; name their layer"),
         ([MoreLabels("a", "codebook_indexes")], "a are indexes; name their quantizer"),
         ([MoreLabels("a", layer=3)], "layer 3 is not in 1..2"),
         ([MoreLabels("codebook_indexes", layer=1)], "two are called codebook_indexes"),
@@ -233,6 +233,8 @@ def test_several_layers_and_kinds_at_once(job, monkeypatch, teacher):
     ):
         with pytest.raises(RecipeError, match=cause):
             main(settings(more=bad))
+    same = make_kinds(settings(more=[MoreLabels("embeddings")]))
+    assert same[1].origin.layer == same[0].origin.layer
     alone = settings(more=more[:1])
     alone.quantizer = None
     assert [kind.field for kind in make_kinds(alone)] == ["layer1"]

@@ -9,9 +9,13 @@ from lhotse import Fbank, FbankConfig
 from torch.nn import functional as F
 
 from mvqkd.data.datamodule import SpecAugmentSettings
-from mvqkd.data.labels import FIELD, IGNORED
+from mvqkd.data.labels import FIELD, IGNORED, no_label
+from mvqkd.data.time_warp import TimeWarp
+from mvqkd.errors import RecipeError
 from mvqkd.losses.distillation import (
     Distillation,
+    DistillationSettings,
+    MoreSettings,
     Pairing,
     Term,
     TermSettings,
@@ -24,6 +28,7 @@ from mvqkd.teachers.hubert import HubertTeacher
 from tests.conftest import tiny_hubert
 
 N, K, D, C = 4, 16, 6, 10
+KINDS = ["mvq", "mvq-joint", "mvq-l1", "mvq-l2", "l1", "l2"]
 
 
 def published(extra_shift=0):
@@ -213,8 +218,16 @@ def test_mvq_is_cross_entropy_per_codebook(parts):
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("kind", ["mvq-l1", "mvq-l2"])
-def test_regression_on_the_decoded_and_normalized_embedding(parts, kind):
+def labels_of(kind, quantizer, labels_BUN):
+    """The indexes, or as labels of l1 and l2 the embeddings that they stand for."""
+    if kind.startswith("mvq"):
+        return labels_BUN
+    decoded_BUD = quantizer.decode(labels_BUN.clamp(min=0)).detach()
+    return decoded_BUD.masked_fill(labels_BUN[..., :1] == IGNORED, torch.nan)
+
+
+@pytest.mark.parametrize("kind", ["mvq-l1", "mvq-l2", "l1", "l2"])
+def test_regression_on_the_normalized_embedding(parts, kind):
     quantizer, meta, middle_BTC, lens_B, labels_BUN = parts
     distilled = distillation(kind, quantizer, meta)
     predicted_BTRD = distilled.head.linear(middle_BTC).view(3, 6, 2, D)
@@ -222,17 +235,34 @@ def test_regression_on_the_decoded_and_normalized_embedding(parts, kind):
     for b, t, r, indexes_N in pairs_that_count(lens_B, labels_BUN):
         target_D = (quantizer.decode(indexes_N).detach() - meta["mean"]) / meta["std"]
         error_D = predicted_BTRD[b, t, r] - target_D
-        expected += (error_D.abs() if kind == "mvq-l1" else error_D**2).mean() / 2
-    loss, _ = distilled.loss(middle_BTC, lens_B, labels_BUN)
+        expected += (error_D.abs() if kind.endswith("l1") else error_D**2).mean() / 2
+    loss, _ = distilled.loss(middle_BTC, lens_B, labels_of(kind, quantizer, labels_BUN))
     torch.testing.assert_close(loss, 0.3 * expected)
     assert set(distilled.head.state_dict()) == {"linear.weight", "linear.bias"}
 
 
-@pytest.mark.parametrize("kind", ["mvq", "mvq-l1", "mvq-l2"])
+def test_joint_sees_the_codebooks_before(parts):
+    quantizer, meta, middle_BTC, lens_B, labels_BUN = parts
+    distilled = distillation("mvq-joint", quantizer, meta)
+    _, accuracy_N = distilled.loss(middle_BTC, lens_B, labels_BUN)
+    assert distilled.head.is_joint and accuracy_N.shape == (N,)
+    # The first frame of the pair comes before the second: its indexes tell of those.
+    other_BUN = labels_BUN.clone()
+    other_BUN[0, 0, 0] = (other_BUN[0, 0, 0] + 1) % K
+    with torch.no_grad():
+        paired = [published().pair(x, 6)[0, 0].flatten() for x in (labels_BUN, other_BUN)]
+        logits = [distilled.head._logits(middle_BTC[0, :1], x[None])[0] for x in paired]
+    assert torch.equal(logits[0][0], logits[1][0])
+    assert not torch.allclose(logits[0][1], logits[1][1])
+    assert not torch.allclose(logits[0][-1], logits[1][-1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradient_reaches_the_head_and_the_frames_that_count(parts, kind):
     quantizer, meta, middle_BTC, lens_B, labels_BUN = parts
     distilled = distillation(kind, quantizer, meta)
-    distilled.loss(middle_BTC, lens_B, labels_BUN)[0].backward()
+    labels_BUX = labels_of(kind, quantizer, labels_BUN)
+    distilled.loss(middle_BTC, lens_B, labels_BUX)[0].backward()
     for name, parameter in distilled.head.named_parameters():
         assert parameter.grad.abs().sum() > 0, name
     assert all(parameter.grad is None for parameter in quantizer.parameters())
@@ -242,14 +272,16 @@ def test_gradient_reaches_the_head_and_the_frames_that_count(parts, kind):
             assert (middle_BTC.grad[b, t].abs().sum() > 0) == ((b, t) in counts)
 
 
-@pytest.mark.parametrize("kind", ["mvq", "mvq-l2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_ignored_frames_count_nothing(parts, kind):
     quantizer, meta, middle_BTC, lens_B, labels_BUN = parts
     distilled = distillation(kind, quantizer, meta)
+    labels_BUN = labels_of(kind, quantizer, labels_BUN)
+    nothing = no_label(labels_BUN.dtype)
     with torch.no_grad():
         loss, _ = distilled.loss(middle_BTC, lens_B, labels_BUN)
         longer_BTC = F.pad(middle_BTC, (0, 0, 0, 3), value=7.0)
-        longer_BUN = F.pad(labels_BUN, (0, 0, 0, 4), value=IGNORED)
+        longer_BUN = F.pad(labels_BUN, (0, 0, 0, 4), value=nothing)
         torch.testing.assert_close(distilled.loss(longer_BTC, lens_B, longer_BUN)[0], loss)
         # Valid labels past the student's length do not count either.
         beyond_BUN = labels_BUN.clone()
@@ -260,8 +292,81 @@ def test_ignored_frames_count_nothing(parts, kind):
             for b in range(3)
         ]
         torch.testing.assert_close(sum(alone), loss)
-        nothing_BUN = torch.full_like(labels_BUN, IGNORED)
-        assert distilled.loss(middle_BTC, lens_B, nothing_BUN)[0] == 0
+    for nothing_BUN in (torch.full_like(labels_BUN, nothing), labels_BUN[:, :0]):
+        loss, _ = distilled.loss(middle_BTC, lens_B, nothing_BUN)
+        assert loss == 0
+        loss.backward()
+        assert all(p.grad.count_nonzero() == 0 for p in distilled.head.parameters())
+
+
+def test_terms_take_what_the_first_one_says():
+    settings = DistillationSettings(
+        "mvq",
+        layer=3,
+        quantizer="a.pt",
+        more=[
+            MoreSettings("mvq-l2", scale=2.0),
+            MoreSettings("l1", layer=5, in_loop=True),
+            MoreSettings("mvq", field="wavlm", quantizer="b.pt", accept_unknown_origin=True),
+        ],
+    )
+    found = [
+        (t.kind, t.scale, t.layer, t.field, t.quantizer, t.in_loop, t.accept_unknown_origin)
+        for t in settings.terms()
+    ]
+    assert found == [
+        ("mvq", 0.1, 3, FIELD, "a.pt", False, False),
+        ("mvq-l2", 2.0, 3, FIELD, "a.pt", False, False),
+        ("l1", 0.1, 5, "embeddings", "a.pt", True, False),
+        ("mvq", 0.1, 3, "wavlm", "b.pt", False, True),
+    ]
+    assert settings.layers() == [3, 5]
+    assert DistillationSettings().terms() == [] and DistillationSettings().layers() == []
+    for wrong in (
+        DistillationSettings("none", more=[MoreSettings("l2")]),
+        DistillationSettings("mvq", more=[MoreSettings("none")]),
+    ):
+        with pytest.raises(RecipeError, match=r"distillation\.more"):
+            wrong.terms()
+
+
+def test_several_terms_on_several_layers(parts):
+    quantizer, meta, middle_BTC, lens_B, labels_BUN = parts
+    embeddings_BUD = labels_of("l2", quantizer, labels_BUN).half()
+    settings = [
+        TermSettings("l2", 2.0, layer=5, field="embeddings"),
+        TermSettings("mvq", 0.3, layer=2, field=FIELD),
+        TermSettings("mvq-l2", 0.5, layer=5, field=FIELD),
+    ]
+    statistics = quantizer, meta["mean"], meta["std"]
+    terms = [Term(s, C, published(), *statistics) for s in settings]
+    distilled = Distillation(terms)
+    assert (distilled.layers, distilled.fields) == ([2, 5], ["embeddings", FIELD])
+    assert list(distilled.head) == [term.head for term in terms]
+    lower_BTC, upper_BTC = middle_BTC, 2 * middle_BTC.detach()
+    labels = {FIELD: labels_BUN, "embeddings": embeddings_BUD}
+    losses = distilled.losses([lower_BTC, upper_BTC], lens_B, labels)
+    wanted = {
+        "1-l2-": terms[0].loss(upper_BTC, lens_B, embeddings_BUD),
+        "2-mvq-": terms[1].loss(lower_BTC, lens_B, labels_BUN),
+        "3-mvq-l2-": terms[2].loss(upper_BTC, lens_B, labels_BUN),
+    }
+    assert list(losses) == list(wanted)
+    for name, (loss, accuracy_N) in losses.items():
+        assert torch.equal(loss, wanted[name][0])
+        assert (accuracy_N is None) == (name != "2-mvq-")
+
+
+def test_pairs_follow_the_time_warp():
+    warp = TimeWarp(num_frames=100, center=40, moved=60)
+    pairs_BTR = published().pair(frame_numbers(50).expand(2, -1, -1), 24, [warp, None])[..., 0]
+    assert torch.equal(pairs_BTR[1], published().pair(frame_numbers(50), 24)[0, :, :, 0])
+    for j, group in enumerate(pairs_BTR[0].tolist()):
+        # In feature frames of 10 ms, from edge to edge.
+        now = 3.5 + 4 * j
+        before = now * 40 / 60 if now < 60 else 40 + (now - 60) * 60 / 40
+        assert group[1] == group[0] + 1
+        assert 0 <= before - (2 * group[0] + 2.25) < 2
 
 
 def test_training_logs_the_accuracy_of_each_codebook(parts):

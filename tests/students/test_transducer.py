@@ -151,6 +151,22 @@ def test_every_parameter_gets_a_gradient_and_losses_are_per_utterance():
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
+def test_utterances_without_transcript_have_no_losses_and_zero_gradients():
+    model = make_model(0.0).eval()
+    generator = torch.Generator().manual_seed(4)
+    x_BTF = torch.randn(3, 60, CONFIG["num_features"], generator=generator)
+    lens_B, tokens = torch.tensor([60, 50, 55]), [[1, 2, 3], [4], [2, 2]]
+    whole = model(x_BTF, lens_B, tokens)
+    some = model(x_BTF, lens_B, [tokens[0], None, tokens[2]])
+    for losses_B, wanted_B in zip(some[:2], whole[:2]):
+        torch.testing.assert_close(losses_B, wanted_B * torch.tensor([1.0, 0.0, 1.0]))
+    none = model(x_BTF, lens_B, [None] * 3)
+    assert torch.equal(torch.stack(none[:2]), torch.zeros(2, 3))
+    (none.simple_loss_B.sum() + none.pruned_loss_B.sum()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.count_nonzero() == 0, name
+
+
 def test_bf16_is_close_to_float32():
     gradients = []
     for enabled in (False, True):
