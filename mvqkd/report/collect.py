@@ -55,7 +55,7 @@ def collect_results(
         folder = exp_dir / student
         settings = json.loads(require(folder / "settings.json", "run stage 6").read_text())
         decoded[student] = json.loads(require(folder / "decoded.json", "run stage 7").read_text())
-        terms = [settings["distillation"], *settings["distillation"].get("more", [])]
+        kind, has_labels = kind_of(settings["distillation"])
         log = read_log(folder)
         test_sets = {}
         for name, entry in decoded[student]["test_sets"].items():
@@ -67,7 +67,7 @@ def collect_results(
         rows.append(
             StudentResult(
                 name="conformer",
-                distillation=_kind(terms),
+                distillation=kind,
                 streaming=decoded[student]["streaming"],
                 test_sets=test_sets,
                 origin=Origin(
@@ -77,9 +77,7 @@ def collect_results(
                     settings["training"]["seed"],
                 ),
                 label_bytes_per_hour=(
-                    label_bytes_per_hour(data_dir / "labels" / labels)
-                    if any(_learns_from_labels(term, terms[0]) for term in terms)
-                    else None
+                    label_bytes_per_hour(data_dir / "labels" / labels) if has_labels else None
                 ),
                 training_seconds=log[-1]["seconds"],
                 num_params=decoded[student]["num_params"],
@@ -115,20 +113,20 @@ def collect_results(
     return rows, other
 
 
-def _kind(terms: list[dict[str, Any]]) -> str:
-    """As the table names it: the kinds of all terms."""
-    return " + ".join(
-        term["kind"] + (" in loop" if _in_loop(term, terms[0]) else "") for term in terms
-    )
+def kind_of(distillation: dict[str, Any]) -> tuple[str, bool]:
+    """The kinds of all terms, as the table names them, and whether any learns from stored labels.
 
-
-def _in_loop(term: dict[str, Any], first: dict[str, Any]) -> bool:
-    own = term.get("in_loop")
-    return bool(first.get("in_loop") if own is None else own)
-
-
-def _learns_from_labels(term: dict[str, Any], first: dict[str, Any]) -> bool:
-    return term["kind"] != "none" and not _in_loop(term, first)
+    Args:
+      distillation: the settings that a student was trained with.
+    """
+    names, stored = [], False
+    for term in (distillation, *distillation.get("more", [])):
+        in_loop = term.get("in_loop")
+        if in_loop is None:
+            in_loop = distillation.get("in_loop", False)
+        names.append(term["kind"] + (" in loop" if in_loop else ""))
+        stored |= term["kind"] != "none" and not in_loop
+    return " + ".join(names), stored
 
 
 def _compared(

@@ -1,5 +1,7 @@
 """Batches of the student."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from lhotse import CutSet
 
 from mvqkd.data.datamodule import (
     LOG_EPSILON,
+    Augment,
     DataSettings,
     SpecAugmentSettings,
     StudentData,
@@ -104,6 +107,38 @@ def test_cut_without_labels_gets_its_line(feature_cuts, tokens):
     data = StudentData(CutSet.from_cuts(feature_cuts), tokens, DataSettings(), 1, [FIELD])
     with pytest.raises(RecipeError, match="has no codebook_indexes; run stage 5"):
         next(data.batches(0))
+
+
+def test_time_is_warped_only_where_asked_for(make_data):
+    batch, _ = next(make_data().batches(0))
+    found = []
+    for factor in (0, 20):
+        random.seed(3)
+        torch.manual_seed(3)
+        settings = SpecAugmentSettings(factor, p=1.0)
+        found.append(Augment(settings)(batch.features_BTF, batch.lengths_B))
+    random.seed(3)
+    torch.manual_seed(3)
+    masked_BTF = make_spec_augment(SpecAugmentSettings(p=1.0))(batch.features_BTF)
+    assert torch.equal(found[0][0], masked_BTF) and found[0][1] is None
+    warps = [warp for warp in found[1][1] if warp is not None]
+    assert warps and not torch.equal(found[1][0], masked_BTF)
+    lengths = set(batch.lengths_B.tolist())
+    assert all(warp.num_frames in lengths for warp in warps)
+
+
+def test_transcripts_are_optional_where_there_are_labels(labelled_cuts, tokens):
+    cuts = list(labelled_cuts)
+    two = cuts[0].append(cuts[1].drop_custom(FIELD))
+    cuts = CutSet.from_cuts([two, cuts[2].drop_supervisions()])
+    data = StudentData(cuts, tokens, DataSettings(60), 1, [FIELD])
+    found = {}
+    for batch, _ in data.batches(0):
+        found |= zip(batch.ids, zip(batch.texts, batch.tokens))
+    text = f"{labelled_cuts[0].supervisions[0].text} {labelled_cuts[1].supervisions[0].text}"
+    assert found == {cuts[0].id: (text, tokens.encode(text)), cuts[1].id: ("", None)}
+    with pytest.raises(RecipeError, match="has no transcript, and no teacher to learn from"):
+        list(StudentData(cuts, tokens, DataSettings(60), 1).batches(0))
 
 
 def test_spec_augment_masks_and_keeps_time(make_data):
