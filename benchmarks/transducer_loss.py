@@ -33,7 +33,7 @@ BACKENDS = ("native", "k2")
 
 
 def _serve(backend: str, size: dict[str, int], threads: int) -> None:
-    """One turn for each line of standard input; its seconds, and in the end the peak, as answers."""
+    """One turn for each line of standard input, answered with its seconds and the peak so far."""
     import torch
 
     from mvqkd.losses import rnnt
