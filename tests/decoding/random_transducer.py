@@ -14,6 +14,7 @@ def random_transducer(
     causal: bool = True,
     sharpness: float = 6.0,
     blank_logit: float = 1.0,
+    context_size: int = CONTEXT,
 ) -> Transducer:
     """``sharpness`` scales the logits, ``blank_logit`` is added to that of blank.
 
@@ -34,7 +35,7 @@ def random_transducer(
             decoder_dim=8,
             joiner_dim=8,
             vocab_size=vocab_size,
-            context_size=CONTEXT,
+            context_size=context_size,
         )
     )
     output = model.joiner.output_linear
