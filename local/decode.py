@@ -47,10 +47,18 @@ def main(settings: Settings) -> None:
     for path in settings.test_manifests:
         part = path.name.split(".")[0]
         data = StudentData(read_cuts(path), tokens, data_settings, seed=0, with_labels=False)
-        results, rtf = decode(model, data, tokens, settings.decoding, device)
-        counts = save_results(out_dir, part, name, results)
+        decoded = decode(model, data, tokens, settings.decoding, device)
+        counts = save_results(out_dir, part, name, decoded.results)
         logging.info(counts.line(f"{part}-{name}"))
-        document["test_sets"][part] = {"rtf": rtf, "results": results}
+        entry = document["test_sets"][part] = {"rtf": decoded.rtf, "results": decoded.results}
+        if decoded.emission_delay is not None:
+            delay = decoded.emission_delay
+            entry["emission_delay"] = delay.as_dict()
+            logging.info(
+                f"{part}-{name}: tokens come {delay.mean:.3f} s later than with the whole "
+                f"utterance in view (nine of ten less than {delay.p90:.3f} s), {delay.shown:.3f} s "
+                f"with the wait for the chunk"
+            )
     # What the report is made from.
     with written_aside(settings.exp_dir / "decoded.json") as aside:
         aside.write_text(json.dumps(document) + "\n")

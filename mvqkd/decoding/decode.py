@@ -15,9 +15,11 @@ from mvqkd.data.datamodule import StudentData
 from mvqkd.decoding.scoring import Result
 from mvqkd.decoding.search import BeamSearch, GreedySearch, Hypothesis
 from mvqkd.decoding.streaming import decode_streaming
+from mvqkd.decoding.times import EmissionDelay, emission_delays, summarize_delays
 from mvqkd.errors import RecipeError
 from mvqkd.files import require
-from mvqkd.students.conformer import ConformerSettings
+from mvqkd.students.conformer import ConformerSettings, subsampled_lengths
+from mvqkd.students.scaling import fold_scales
 from mvqkd.students.transducer import Transducer, TransducerSettings, build_transducer
 from mvqkd.training.checkpoint import averaged_weights
 
@@ -65,45 +67,74 @@ def load_student(exp_dir: Path, settings: DecodingSettings) -> tuple[Transducer,
     weights = averaged_weights(exp_dir, epoch, settings.avg)
     weights = {k: v for k, v in weights.items() if not k.startswith("codebook_loss_net.")}
     model.load_state_dict(weights)
-    return model.eval(), epoch
+    return fold_scales(model).eval(), epoch
+
+
+def make_search(model: Transducer, settings: DecodingSettings) -> BeamSearch | GreedySearch:
+    """The search that ``settings`` name, over ``model``."""
+    if settings.method == "modified_beam_search":
+        return BeamSearch(model, settings.beam)
+    return GreedySearch(model)
+
+
+def _decode_whole(
+    search: BeamSearch | GreedySearch, features_BTF: torch.Tensor, lens_B: torch.Tensor
+) -> list[Hypothesis]:
+    encoder_out_BTC, encoder_lens_B, _ = search.model.encoder(features_BTF, lens_B)
+    search.step(encoder_out_BTC, encoder_lens_B)
+    return search.finish()
+
+
+@dataclass
+class Decoded:
+    """What became of a test set."""
+
+    # (cut id, reference words, hypothesis words) of each utterance, sorted.
+    results: list[Result]
+    # Real-time factor: seconds of computing for a second of speech, from features to tokens.
+    rtf: float
+    # Of a streaming student whose test set had a token to compare.
+    emission_delay: EmissionDelay | None
 
 
 @torch.inference_mode()
 def decode(
     model: Transducer, data: StudentData, tokens, settings: DecodingSettings, device: torch.device
-) -> tuple[list[Result], float]:
-    """(cut id, reference words, hypothesis words) of each utterance, and the real-time factor."""
+) -> Decoded:
+    """Decode a test set, in batches.
+
+    Args:
+      tokens: the sentencepiece model.
+    Raises:
+      RecipeError: there is no utterance, or one is too short for the encoder.
+    """
     model = model.to(device)
+    causal = model.encoder.settings.causal
+    chunks = (settings.chunk_size, settings.left_context, settings.right_context)
     results: list[Result] = []
+    delays: list[tuple[float, float]] = []
     speech = spent = 0.0
     for batch, seconds in data.batches(epoch=0):
         started = time.perf_counter()
         features_BTF, lens_B = batch.features_BTF.to(device), batch.lengths_B.to(device)
-        search: BeamSearch | GreedySearch = (
-            BeamSearch(model, settings.beam)
-            if settings.method == "modified_beam_search"
-            else GreedySearch(model)
-        )
-        found: list[Hypothesis]
-        if model.encoder.settings.causal:
-            found = decode_streaming(
-                model,
-                features_BTF,
-                lens_B,
-                settings.chunk_size,
-                settings.left_context,
-                settings.right_context,
-                search,
-            )
+        search = make_search(model, settings)
+        if causal:
+            found = decode_streaming(model, features_BTF, lens_B, *chunks, search)
         else:
-            encoder_out_BTC, encoder_lens_B, _ = model.encoder(features_BTF, lens_B)
-            search.step(encoder_out_BTC, encoder_lens_B)
-            found = search.finish()
+            found = _decode_whole(search, features_BTF, lens_B)
         spent += time.perf_counter() - started
         speech += seconds
         for name, text, hypothesis in zip(batch.ids, batch.texts, found):
             results.append((name, text.split(), tokens.decode(hypothesis.tokens).split()))
+        if causal:
+            # The whole-utterance pass takes none that is too short for a frame.
+            long_enough_B = subsampled_lengths(lens_B) > 0
+            if bool(long_enough_B.any()):
+                whole = _decode_whole(search, features_BTF[long_enough_B], lens_B[long_enough_B])
+                streamed = [found[b] for b in long_enough_B.nonzero()[:, 0].tolist()]
+                for one, other in zip(streamed, whole):
+                    delays += emission_delays(one, other, model.encoder, chunks[0], chunks[2])
         logging.info(f"decoded {speech:.0f} of {data.seconds:.0f} s, RTF {spent / speech:.4f}")
     if not results:
         raise RecipeError("decoding: the test set has no utterances; make its manifest again")
-    return sorted(results), spent / speech
+    return Decoded(sorted(results), spent / speech, summarize_delays(delays))
