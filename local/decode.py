@@ -11,7 +11,7 @@ from mvqkd import cli
 from mvqkd.data.datamodule import DataSettings, StudentData
 from mvqkd.data.manifests import read_cuts
 from mvqkd.data.tokens import load_tokens
-from mvqkd.decoding.decode import DecodingSettings, decode, load_student
+from mvqkd.decoding.decode import DecodingSettings, check_vocabulary, decode, load_student
 from mvqkd.decoding.scoring import save_results
 from mvqkd.device import pick_device
 from mvqkd.files import written_aside
@@ -32,6 +32,7 @@ def main(settings: Settings) -> None:
     device = pick_device(settings.device)
     tokens = load_tokens(settings.tokens_dir)
     model, epoch = load_student(settings.exp_dir, settings.decoding)
+    check_vocabulary(model, tokens, settings.tokens_dir)
     streaming = model.encoder.settings.causal
     name = settings.decoding.name(epoch, streaming)
     out_dir = settings.exp_dir / settings.decoding.method

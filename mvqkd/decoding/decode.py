@@ -41,6 +41,10 @@ class DecodingSettings:
     left_context: int = 64
     right_context: int = 0
 
+    def __post_init__(self):
+        if self.beam < 1:
+            raise RecipeError(f"decoding.beam: {self.beam} is no beam; set it to 1 or more")
+
     def name(self, epoch: int, streaming: bool) -> str:
         """As icefall names its result files."""
         parts = [self.method]
@@ -70,6 +74,19 @@ def load_student(exp_dir: Path, settings: DecodingSettings) -> tuple[Transducer,
     return fold_scales(model).eval(), epoch
 
 
+def check_vocabulary(model: Transducer, tokens, tokens_dir: Path) -> None:
+    """
+    Raises:
+      RecipeError: the word pieces in ``tokens_dir`` are not as many as the student's.
+    """
+    vocab_size = model.joiner.output_linear.out_features
+    if len(tokens) != vocab_size:
+        raise RecipeError(
+            f"{tokens_dir}: holds {len(tokens)} word pieces and the student was trained on "
+            f"{vocab_size}; name the folder that it was trained with"
+        )
+
+
 def make_search(model: Transducer, settings: DecodingSettings) -> BeamSearch | GreedySearch:
     """The search that ``settings`` name, over ``model``."""
     if settings.method == "modified_beam_search":
@@ -83,6 +100,55 @@ def _decode_whole(
     encoder_out_BTC, encoder_lens_B, _ = search.model.encoder(features_BTF, lens_B)
     search.step(encoder_out_BTC, encoder_lens_B)
     return search.finish()
+
+
+@torch.inference_mode()
+def decode_batch(
+    model: Transducer,
+    features_BTF: torch.Tensor,
+    lens_B: torch.Tensor,
+    settings: DecodingSettings,
+) -> list[Hypothesis]:
+    """Decode a batch of utterances: as streams if the student is causal, else as wholes.
+
+    Args:
+      model: in evaluation mode.
+      features_BTF, lens_B: on the model's device; what lies past a length is not seen.
+    Raises:
+      RecipeError: an utterance is too short for the encoder of a student that is no stream.
+    """
+    search = make_search(model, settings)
+    if not model.encoder.settings.causal:
+        return _decode_whole(search, features_BTF, lens_B)
+    return decode_streaming(
+        model,
+        features_BTF,
+        lens_B,
+        settings.chunk_size,
+        settings.left_context,
+        settings.right_context,
+        search,
+    )
+
+
+def _delays(
+    model: Transducer,
+    features_BTF: torch.Tensor,
+    lens_B: torch.Tensor,
+    settings: DecodingSettings,
+    streamed: list[Hypothesis],
+) -> list[tuple[float, float]]:
+    """`emission_delays` of a batch of streams."""
+    # The whole-utterance pass takes none that is too short for a frame.
+    chosen = (subsampled_lengths(lens_B) > 0).nonzero()[:, 0]
+    if len(chosen) == 0:
+        return []
+    whole = _decode_whole(make_search(model, settings), features_BTF[chosen], lens_B[chosen])
+    chunks = (settings.chunk_size, settings.right_context)
+    delays = []
+    for b, hypothesis in zip(chosen.tolist(), whole):
+        delays += emission_delays(streamed[b], hypothesis, model.encoder, *chunks)
+    return delays
 
 
 @dataclass
@@ -109,31 +175,19 @@ def decode(
       RecipeError: there is no utterance, or one is too short for the encoder.
     """
     model = model.to(device)
-    causal = model.encoder.settings.causal
-    chunks = (settings.chunk_size, settings.left_context, settings.right_context)
     results: list[Result] = []
     delays: list[tuple[float, float]] = []
     speech = spent = 0.0
     for batch, seconds in data.batches(epoch=0):
         started = time.perf_counter()
         features_BTF, lens_B = batch.features_BTF.to(device), batch.lengths_B.to(device)
-        search = make_search(model, settings)
-        if causal:
-            found = decode_streaming(model, features_BTF, lens_B, *chunks, search)
-        else:
-            found = _decode_whole(search, features_BTF, lens_B)
+        found = decode_batch(model, features_BTF, lens_B, settings)
         spent += time.perf_counter() - started
         speech += seconds
         for name, text, hypothesis in zip(batch.ids, batch.texts, found):
             results.append((name, text.split(), tokens.decode(hypothesis.tokens).split()))
-        if causal:
-            # The whole-utterance pass takes none that is too short for a frame.
-            long_enough_B = subsampled_lengths(lens_B) > 0
-            if bool(long_enough_B.any()):
-                whole = _decode_whole(search, features_BTF[long_enough_B], lens_B[long_enough_B])
-                streamed = [found[b] for b in long_enough_B.nonzero()[:, 0].tolist()]
-                for one, other in zip(streamed, whole):
-                    delays += emission_delays(one, other, model.encoder, chunks[0], chunks[2])
+        if model.encoder.settings.causal:
+            delays += _delays(model, features_BTF, lens_B, settings, found)
         logging.info(f"decoded {speech:.0f} of {data.seconds:.0f} s, RTF {spent / speech:.4f}")
     if not results:
         raise RecipeError("decoding: the test set has no utterances; make its manifest again")

@@ -5,9 +5,7 @@ import random
 
 import pytest
 import torch
-from lhotse import CutSet
 
-from mvqkd.data.tokens import TokenSettings, load_tokens, train_tokens
 from mvqkd.decoding.search import BeamSearch, GreedySearch, Hypothesis
 from mvqkd.decoding.streaming import decode_streaming
 from mvqkd.decoding.times import (
@@ -17,14 +15,12 @@ from mvqkd.decoding.times import (
     token_times,
     words_with_times,
 )
-from tests.decoding.random_transducer import NUM_FEATURES, random_transducer
+from tests.decoding.random_transducer import NUM_FEATURES, few_tokens, random_transducer
 
 
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory, plain_cuts):
-    folder = tmp_path_factory.mktemp("tokens") / "tokens"
-    train_tokens(CutSet.from_cuts(plain_cuts), folder, TokenSettings(vocab_size=60))
-    return load_tokens(folder)
+def tokens(tmp_path_factory):
+    return few_tokens(tmp_path_factory.mktemp("tokens") / "tokens")
 
 
 @pytest.fixture(scope="module")
