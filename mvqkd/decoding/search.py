@@ -11,7 +11,7 @@ the result is the same::
 Shape suffixes: B utterances, T encoder frames, C encoder channels, J joiner channels, V
 vocabulary (blank included), K hypotheses of a beam, U tokens the predictor looks back at
 (its ``context_size``), S integers that a hypothesis is, A utterances that still have a frame at
-the moment, N rows of whatever is worked on.
+the moment, N rows of whatever is worked on, E those that emit a token.
 
 What a model must have (the names are icefall's): ``decoder(y_BU, need_pad=False)`` -> (B, 1,
 decoder channels), ``decoder.blank_id``, ``decoder.context_size``, ``joiner.encoder_proj``,
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +45,10 @@ class Hypothesis:
     tokens: list[int] = field(default_factory=list)
     frames: list[int] = field(default_factory=list)
     log_prob: float = 0.0
+
+
+def _lists(*arrays: np.ndarray) -> list[list[int]]:
+    return [array.tolist() for array in arrays]
 
 
 class _Search:
@@ -166,10 +171,12 @@ class GreedySearch(_Search):
         self.log_prob_B = log_prob_B[inverse_B]
         if symbols:
             # One transfer a chunk, so that a GPU is not waited for at each token.
-            symbols_NB = torch.stack(symbols)[:, inverse_B].cpu()
-            for n, b in (symbols_NB != self.blank).nonzero().tolist():
-                self.emitted[b].tokens.append(int(symbols_NB[n, b]))
-                self.emitted[b].frames.append(int(self.frames_seen_B[b]) + frames[n])
+            symbols_NB = torch.stack(symbols)[:, inverse_B].cpu().numpy()
+            n_E, b_E = (symbols_NB != self.blank).nonzero()
+            frames_E = self.frames_seen_B.numpy()[b_E] + np.array(frames)[n_E]
+            for b, token, frame in zip(*_lists(b_E, symbols_NB[n_E, b_E], frames_E)):
+                self.emitted[b].tokens.append(token)
+                self.emitted[b].frames.append(frame)
 
     def partial(self) -> list[Hypothesis]:
         if self.batch_size is None:
@@ -220,7 +227,7 @@ class BeamSearch(_Search):
         self.earlier_KK = torch.ones(K, K, dtype=torch.bool, device=device).tril(-1)
         # Per chunk: frames seen before it (B), and for each of its frames which place of the
         # beam a hypothesis came from and the token that it added, blank for none (T, B, K).
-        self.history: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.history: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def _values(self, V: int, device: torch.device) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -257,8 +264,9 @@ class BeamSearch(_Search):
         inverse_B = order_B.argsort()
         self.state_BKS, self.predictor_BKJ = state_BKS[inverse_B], predictor_BKJ[inverse_B]
         self.log_prob_BK = log_prob_BK[inverse_B]
+        source_TBK, token_TBK = source_TBK[:, inverse_B], token_TBK[:, inverse_B]
         self.history.append(
-            (self.frames_seen_B, source_TBK[:, inverse_B].cpu(), token_TBK[:, inverse_B].cpu())
+            (self.frames_seen_B.numpy(), source_TBK.cpu().numpy(), token_TBK.cpu().numpy())
         )
 
     def _frame(
@@ -326,16 +334,20 @@ class BeamSearch(_Search):
         place_B = normalized_BK.argmax(dim=1)
         log_probs = self.log_prob_BK.gather(1, place_B[:, None])[:, 0].tolist()
 
-        place_B, streams_B = place_B.cpu(), torch.arange(self.batch_size)
+        # numpy: the same small look-ups cost torch several times as much.
+        place_B, streams_B = place_B.cpu().numpy(), np.arange(self.batch_size)
         hypotheses = [Hypothesis(log_prob=log_prob) for log_prob in log_probs]
         for frames_seen_B, source_TBK, token_TBK in reversed(self.history):
-            token_TB = torch.empty(token_TBK.shape[:2], dtype=torch.int64)
-            for t in range(token_TBK.size(0) - 1, -1, -1):
+            token_TB = np.empty(token_TBK.shape[:2], dtype=np.int64)
+            for t in range(len(token_TBK) - 1, -1, -1):
                 token_TB[t] = token_TBK[t, streams_B, place_B]
                 place_B = source_TBK[t, streams_B, place_B]
-            for t, b in (token_TB != self.blank).nonzero().flip(0).tolist():
-                hypotheses[b].tokens.append(int(token_TB[t, b]))
-                hypotheses[b].frames.append(int(frames_seen_B[b]) + t)
+            t_E, b_E = (token_TB[::-1] != self.blank).nonzero()
+            t_E = len(token_TB) - 1 - t_E
+            frames_E = frames_seen_B[b_E] + t_E
+            for b, token, frame in zip(*_lists(b_E, token_TB[t_E, b_E], frames_E)):
+                hypotheses[b].tokens.append(token)
+                hypotheses[b].frames.append(frame)
         for hypothesis in hypotheses:
             hypothesis.tokens.reverse()
             hypothesis.frames.reverse()
