@@ -67,7 +67,8 @@ def words_with_times(
         text = tokens.decode(ids).strip()
         if text:
             start, end = max(0.0, times[0] - half), min(seconds, times[-1] + half)
-            words.append(Word(text, min(start, end), end))
+            # To milliseconds, so that words that meet still do so however they are printed.
+            words.append(Word(text, round(min(start, end), 3), round(end, 3)))
     return words
 
 

@@ -109,7 +109,7 @@ def transcribe(
         for segment_TF, hypothesis in zip(batch, found):
             seconds = len(segment_TF) * shift
             for word in words_with_times(model.encoder, hypothesis, tokens, seconds):
-                start, end = begin * shift + word.start, begin * shift + word.end
+                start, end = (round(begin * shift + at, 3) for at in (word.start, word.end))
                 words.append(Word(word.text, start, end))
             begin += len(segment_TF)
     return Transcript(words, audio.seconds)
@@ -163,10 +163,7 @@ def as_ctm(path: Path, transcript: Transcript) -> str:
 
 def as_json(path: Path, transcript: Transcript) -> str:
     """One line: ``{"file", "seconds", "text", "words": [{"text", "start", "end"}]}``."""
-    words = [
-        {**asdict(word), "start": round(word.start, 3), "end": round(word.end, 3)}
-        for word in transcript.words
-    ]
+    words = [asdict(word) for word in transcript.words]
     document = {"file": str(path), "seconds": round(transcript.seconds, 3)}
     return json.dumps({**document, "text": transcript.text, "words": words}, ensure_ascii=False)
 

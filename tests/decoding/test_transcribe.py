@@ -123,7 +123,7 @@ def test_segments_of_no_length_are_refused():
 
 def test_formats():
     path = Path("a/b c.wav")
-    transcript = Transcript([Word("ON", 0.1, 0.25), Word("MONDAY", 1.0, 12.3456)], 13.0)
+    transcript = Transcript([Word("ON", 0.1, 0.25), Word("MONDAY", 1.0, 12.346)], 13.0)
     lines = as_text(path, transcript).split("\n")
     assert lines[0] == "a/b c.wav: ON MONDAY"
     assert [line.split() for line in lines[1:]] == [
