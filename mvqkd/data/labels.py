@@ -215,6 +215,10 @@ class Dumper:
         for kind in kinds:
             kind.to(device)
         self.kinds = list(kinds)
+        self._sources = [
+            (teacher, sorted({kind.origin.layer for kind in kinds if kind.teacher is teacher}))
+            for teacher in dict.fromkeys(kind.teacher for kind in kinds)
+        ]
         self._settings, self._device = settings, device
 
     def made_from(self) -> dict:
@@ -229,20 +233,18 @@ class Dumper:
         batch = collate_audio(cuts)
         waveforms_BL = batch.waveforms_BL.to(self._device)
         lengths_B = batch.lengths_B.to(self._device)
-        embedded: dict[tuple[int, int], tuple[torch.Tensor, list[int]]] = {}
+        frames, embedded = {}, {}
+        for teacher, layers in self._sources:  # all layers of a teacher in one pass
+            embeddings, frames_B = teacher.embed_layers(waveforms_BL, lengths_B, layers)
+            frames_T = torch.arange(embeddings[0].shape[1], device=self._device)
+            inside_BT = frames_T < frames_B[:, None]
+            frames[teacher] = frames_B.tolist()
+            for layer, embeddings_BTD in zip(layers, embeddings):
+                embedded[teacher, layer] = embeddings_BTD[inside_BT]
         labels = {}
         for kind in self.kinds:
-            source = (id(kind.teacher), kind.origin.layer)
-            if source not in embedded:
-                embeddings_BTD, frames_B = kind.teacher.embed(
-                    waveforms_BL, lengths_B, kind.origin.layer
-                )
-                frames_T = torch.arange(embeddings_BTD.shape[1], device=self._device)
-                inside_BT = frames_T < frames_B[:, None]
-                embedded[source] = (embeddings_BTD[inside_BT], frames_B.tolist())
-            embeddings_FD, frames = embedded[source]
-            encoded = kind.encode(embeddings_FD).cpu()
-            labels[kind.field] = [part.numpy() for part in encoded.split(frames)]
+            encoded = kind.encode(embedded[kind.teacher, kind.origin.layer]).cpu()
+            labels[kind.field] = [part.numpy() for part in encoded.split(frames[kind.teacher])]
         return labels
 
     def __call__(self, cuts: CutSet, arrays: ArrayFile) -> CutSet:

@@ -351,6 +351,20 @@ def test_embeddings_beside_indexes(feature_cuts, teacher, quantizer, origin, tmp
         check_origin(labelled[0], Origin("tiny", 2, dtype, ""), False, "layer1")
 
 
+def test_layers_of_one_teacher_in_one_pass(feature_cuts, teacher, quantizer, origin, tmp_path):
+    cuts = CutSet.from_cuts(list(feature_cuts)[:2])
+    asked, layers = [], type(teacher)._layers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            teacher, "_layers", lambda *args: asked.append(args[2]) or layers(teacher, *args)
+        )
+        together = dump_floats(cuts, tmp_path / "both", teacher, quantizer, origin)
+    assert asked == [[1, 2]]
+    alone = dump(cuts, tmp_path / "one", teacher, quantizer, origin)
+    for both, one in zip(together, alone):
+        np.testing.assert_array_equal(both.load_codebook_indexes(), one.load_codebook_indexes())
+
+
 def test_long_arrays_are_chunked(tmp_path):
     file = ArrayFile(tmp_path / "a", tmp_path / "a")
     embeddings_TD = np.random.default_rng(1).standard_normal((599, 320)).astype(np.float16)
@@ -364,7 +378,8 @@ def test_long_arrays_are_chunked(tmp_path):
 def test_embeddings_that_are_no_float16(feature_cuts, teacher, quantizer, origin, tmp_path):
     kind = Embeddings(teacher, 1, "float16", "layer1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teacher, "_layer", lambda *args: 1e6 * type(teacher)._layer(teacher, *args))
+        layers = type(teacher)._layers
+        patch.setattr(teacher, "_layers", lambda *args: [1e6 * x for x in layers(teacher, *args)])
         with pytest.raises(RecipeError, match="layer1 holds values that are not finite as float16"):
             dump_labels(
                 feature_cuts, tmp_path / "a.jsonl.gz", Dumper([kind], LabelSettings(), CPU), 4
