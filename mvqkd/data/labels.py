@@ -392,7 +392,8 @@ def join_labels(cuts: CutSet, labelled: CutSet, fields: Sequence[str] = (FIELD,)
     return CutSet.from_cuts(joined)
 
 
-def _speed(cut) -> float:
+def speed_of(cut) -> float:
+    """1 unless lhotse has perturbed it."""
     speed = 1.0
     for transform in cut.recording.transforms or []:
         document = transform if isinstance(transform, dict) else transform.to_dict()
@@ -403,7 +404,7 @@ def _speed(cut) -> float:
 
 def _source(cut) -> tuple[str, int, float]:
     """(recording without its speed's affix, channel, speed)."""
-    speed = _speed(cut)
+    speed = speed_of(cut)
     recording = cut.recording.id
     if speed != 1:
         recording = re.sub(r"^sp[\d.]+-|[_-]sp[\d.]+$", "", recording)
