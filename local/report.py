@@ -23,18 +23,28 @@ class Settings:
     students: list[str]
     # As the user typed it.
     command: str
+    # The labels are others', and nothing is known here of the teacher and the codebooks.
+    published: bool = False
 
 
 def main(settings: Settings) -> None:
     rows, other = collect_results(
-        settings.exp_dir, settings.data_dir, settings.labels, settings.students, settings.command
+        settings.exp_dir,
+        settings.data_dir,
+        settings.labels,
+        settings.students,
+        settings.command,
+        settings.published,
     )
     out = settings.exp_dir / "report"
     with written_aside(out) as aside:
         aside.mkdir()
         text = wer_table(rows, style="text")
-        teacher = ", ".join(f"{k} {v:.2f}" for k, v in other["teacher"]["wer"].items())
-        text += f"\n\nteacher, WER by greedy CTC: {teacher or 'has no CTC head'}\n"
+        if settings.published:
+            text += f"\n\nlabels: published, {other['labels']['made_by']}\n"
+        else:
+            teacher = ", ".join(f"{k} {v:.2f}" for k, v in other["teacher"]["wer"].items())
+            text += f"\n\nteacher, WER by greedy CTC: {teacher or 'has no CTC head'}\n"
         (aside / "table.txt").write_text(text)
         (aside / "table.md").write_text(wer_table(rows, style="markdown") + "\n")
         plot_wer_bars(rows, aside / "wer.png")

@@ -13,13 +13,12 @@ import torch
 
 from mvqkd import cli
 from mvqkd.data.datamodule import DataSettings, StudentData
-from mvqkd.data.labels import Origin, check_origin
+from mvqkd.data.labels import Origin, check_origin, common_facts
 from mvqkd.data.manifests import read_cuts
 from mvqkd.data.tokens import load_tokens
 from mvqkd.device import describe_device, pick_device
-from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
-from mvqkd.losses.distillation import Distillation, DistillationSettings, Pairing
+from mvqkd.losses.distillation import Codebooks, Distillation, DistillationSettings, Pairing
 from mvqkd.processes import is_main, num_processes
 from mvqkd.quantizer import load_quantizer
 from mvqkd.students.task import StudentTask
@@ -49,10 +48,13 @@ def make_distillation(settings: Settings, model, cuts) -> Distillation | None:
     if wanted.kind == "none":
         return None
     if wanted.quantizer is None:
-        raise RecipeError(f"distillation.quantizer: kind {wanted.kind} needs one; name its file")
-    quantizer, meta = load_quantizer(wanted.quantizer)
-    for cut in cuts:
-        check_origin(cut, Origin.of(meta), wanted.accept_unknown_origin)
+        num_codebooks, frame_shift = common_facts(cuts, wanted.accept_unknown_origin)
+        quantizer = Codebooks(num_codebooks, wanted.codebook_size)
+        meta = {"frame_shift": frame_shift, "frame_offset": wanted.frame_offset}
+    else:
+        quantizer, meta = load_quantizer(wanted.quantizer)
+        for cut in cuts:
+            check_origin(cut, Origin.of(meta), wanted.accept_unknown_origin)
     encoder = model.encoder
     pairing = Pairing(
         encoder.frame_shift,

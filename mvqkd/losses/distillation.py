@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -30,8 +30,11 @@ class DistillationSettings:
     """What is distilled, into which layer, and how strongly."""
 
     kind: Literal["none", "mvq", "mvq-l1", "mvq-l2"] = "none"
-    # The quantizer that made the labels.
+    # The quantizer that made the labels. ``mvq`` does without, on labels that others have made:
+    # it then needs the entries of their codebooks, and the centre of the teacher's frame 0 (s).
     quantizer: Path | None = None
+    codebook_size: int = 256
+    frame_offset: float = 0.0125
     # Beside the transducer's losses, all summed over the batch.
     scale: float = 0.1
     # The student's layer whose output predicts, from 1.
@@ -40,6 +43,13 @@ class DistillationSettings:
     pairing_shift: int = 0
     # Take labels that do not say what made them (icefall's, the published ones).
     accept_unknown_origin: bool = False
+
+
+class Codebooks(NamedTuple):
+    """Sizes of a quantizer of which nothing else is known."""
+
+    num_codebooks: int
+    codebook_size: int
 
 
 @dataclass
@@ -128,9 +138,13 @@ class Distillation:
         settings: DistillationSettings,
         channels: int,
         pairing: Pairing,
-        quantizer: Quantizer,
+        quantizer: Quantizer | Codebooks,
         meta: dict,
     ) -> None:
+        """
+        Raises:
+          RecipeError: nothing but ``mvq`` learns from indexes whose quantizer is not known.
+        """
         self._pairing, self._scale = pairing, settings.scale
         if settings.kind == "mvq":
             self.head: nn.Module = JointCodebookLoss(
@@ -139,6 +153,11 @@ class Distillation:
                 codebook_size=quantizer.codebook_size,
                 is_joint=False,
                 ignore_index=IGNORED,
+            )
+        elif isinstance(quantizer, Codebooks):
+            raise RecipeError(
+                f"distillation.quantizer: kind {settings.kind} regresses on what the quantizer "
+                "decodes; name its file, or take kind mvq"
             )
         else:
             power = 2 if settings.kind == "mvq-l2" else 1

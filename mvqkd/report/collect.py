@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mvqkd.data.labels import ORIGIN_FIELD, in_words
 from mvqkd.data.manifests import read_cuts
 from mvqkd.decoding.scoring import paired_difference, wer_interval
 from mvqkd.files import require
@@ -43,9 +44,17 @@ def _stamp(exp_dir: Path, step: str) -> str:
 
 
 def collect_results(
-    exp_dir: Path, data_dir: Path, labels: str, students: list[str], command: str
+    exp_dir: Path,
+    data_dir: Path,
+    labels: str,
+    students: list[str],
+    command: str,
+    published: bool = False,
 ) -> tuple[list[StudentResult], dict[str, dict[str, Any]]]:
     """Rows of the table, and the other sections of results.json.
+
+    Args:
+      published: the labels are others', and have no teacher or quantizer here.
 
     Raises:
       RecipeError: a student has not been trained or decoded.
@@ -87,9 +96,28 @@ def collect_results(
             )
         )
     rows = [_compared(rows, row, students, decoded) for row in rows]
+    if published:
+        return rows, {"labels": _published_section(exp_dir, data_dir, labels, command)}
+    return rows, _teacher_sections(exp_dir, labels, command)
+
+
+def _published_section(exp_dir: Path, data_dir: Path, labels: str, command: str) -> dict[str, Any]:
+    first = next(iter(read_cuts(data_dir / "labels" / labels / "train.jsonl.gz")))
+    return {
+        "made_by": in_words(first.custom[ORIGIN_FIELD]),
+        "origin": {
+            "command": command,
+            "conf_hash": _stamp(exp_dir, f"labels-{labels}")[:12],
+            "device": None,  # nothing is computed
+            "seed": None,
+        },
+    }
+
+
+def _teacher_sections(exp_dir: Path, labels: str, command: str) -> dict[str, dict[str, Any]]:
     teacher = json.loads((exp_dir / "teacher-wer" / "wer.json").read_text())
     diagnostics = json.loads((exp_dir / "quantizer" / labels / "diagnostics.json").read_text())
-    other = {
+    return {
         "teacher": {
             "wer": teacher["wer"],
             "origin": {
@@ -110,7 +138,6 @@ def collect_results(
             },
         },
     }
-    return rows, other
 
 
 def _compared(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from mvqkd.data.datamodule import SpecAugmentSettings
 from mvqkd.data.labels import IGNORED
 from mvqkd.errors import RecipeError
-from mvqkd.losses.distillation import Distillation, DistillationSettings, Pairing
+from mvqkd.losses.distillation import Codebooks, Distillation, DistillationSettings, Pairing
 from mvqkd.quantizer import Quantizer
 from mvqkd.students.conformer import Conformer, ConformerSettings
 from mvqkd.students.task import StudentTask
@@ -270,3 +270,15 @@ def test_training_logs_the_accuracy_of_each_codebook(parts):
     # The loop divides by the weight.
     logged = [figures[f"accuracy-{n}"] / figures["weight"] for n in range(N)]
     assert logged == pytest.approx(accuracy_N.tolist())
+
+
+def test_indexes_without_their_quantizer():
+    settings, sizes = DistillationSettings("mvq"), Codebooks(N, K)
+    alone = Distillation(settings, C, published(), sizes, {})
+    known = Distillation(settings, C, published(), Quantizer(D, K, N), {})
+    shapes = [{n: p.shape for n, p in d.head.named_parameters()} for d in (alone, known)]
+    assert shapes[0] == shapes[1]
+    for kind in ("mvq-l1", "mvq-l2"):
+        with pytest.raises(RecipeError, match=f"kind {kind} regresses on what the quantizer") as e:
+            Distillation(DistillationSettings(kind), C, published(), sizes, {})
+        assert "\n" not in str(e.value)
