@@ -240,10 +240,11 @@ if on 7; then
     done
 fi
 if on 8; then
-    # shellcheck disable=SC2046
+    # shellcheck disable=SC2046,SC2086
     step report "verify-teacher ${student_names[*]/#/decode-}" \
         "$exp/results.json $exp/report" \
-        python3 local/report.py --exp_dir "$exp" --data_dir "$data" --labels "$labels" \
+        python3 local/report.py $(conf report) --exp_dir "$exp" --data_dir "$data" \
+        --labels "$labels" --test_manifests "$(manifests $test_parts)" \
         --students "$(list "${student_names[@]}")" --command "$(invocation)"
     cat "$exp/report/table.txt"
 fi
