@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mvqkd import cli
@@ -75,12 +76,15 @@ def log_beside(exp_dir: Path) -> None:
         handler.setFormatter(form)
 
 
-def write_settings(settings: Settings, device: str) -> None:
+def write_settings(settings: Settings, device: str, seconds: list[float]) -> None:
+    """``seconds``: of each training utterance."""
     document = {
         "command": " ".join(sys.argv),
         **asdict(settings),
         "device": device,
         "num_processes": num_processes(),
+        # What 99 of 100 stay below: longer audio is better cut before it is decoded.
+        "longest_utterances": float(np.percentile(seconds, 99)),
     }
     with written_aside(settings.exp_dir / "settings.json") as aside:
         aside.write_text(json.dumps(document, indent=1, default=str) + "\n")
@@ -106,7 +110,7 @@ def main(settings: Settings) -> None:
         for path in settings.dev_manifests
     }
     if is_main():
-        write_settings(settings, describe_device(device))
+        write_settings(settings, describe_device(device), [cut.duration for cut in train_cuts])
     task = StudentTask(
         model,
         settings.model,
