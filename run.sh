@@ -286,10 +286,12 @@ fi
 if on 8; then
     made_by=verify-teacher report_args=()
     [[ $use_extracted_codebook == false ]] || made_by=labels-$labels report_args=(--published true)
+    # shellcheck disable=SC2046,SC2086
     step report "$made_by ${student_names[*]/#/decode-}" \
         "$exp/results.json $exp/report" \
-        python3 local/report.py --exp_dir "$exp" --data_dir "$data" --labels "$labels" \
-        "${report_args[@]}" --students "$(list "${student_names[@]}")" --command "$(invocation)"
+        python3 local/report.py $(conf report) "${report_args[@]}" --exp_dir "$exp" \
+        --data_dir "$data" --labels "$labels" --test_manifests "$(manifests $test_parts)" \
+        --students "$(list "${student_names[@]}")" --command "$(invocation)"
     cat "$exp/report/table.txt"
 fi
 if on 9; then

@@ -51,7 +51,11 @@ def main(settings: Settings) -> None:
         decoded = decode(model, data, tokens, settings.decoding, device)
         counts = save_results(out_dir, part, name, decoded.results)
         logging.info(counts.line(f"{part}-{name}"))
-        entry = document["test_sets"][part] = {"rtf": decoded.rtf, "results": decoded.results}
+        entry = document["test_sets"][part] = {
+            "rtf": decoded.rtf,
+            "results": decoded.results,
+            "times": decoded.times,
+        }
         if decoded.emission_delay is not None:
             delay = decoded.emission_delay
             entry["emission_delay"] = delay.as_dict()

@@ -15,7 +15,7 @@ from mvqkd.data.datamodule import StudentData
 from mvqkd.decoding.scoring import Result
 from mvqkd.decoding.search import BeamSearch, GreedySearch, Hypothesis
 from mvqkd.decoding.streaming import decode_streaming
-from mvqkd.decoding.times import EmissionDelay, emission_delays, summarize_delays
+from mvqkd.decoding.times import EmissionDelay, emission_delays, summarize_delays, words_with_times
 from mvqkd.errors import RecipeError
 from mvqkd.files import require
 from mvqkd.students.conformer import ConformerSettings, subsampled_lengths
@@ -161,6 +161,8 @@ class Decoded:
     rtf: float
     # Of a streaming student whose test set had a token to compare.
     emission_delay: EmissionDelay | None
+    # By cut id: start and end of each hypothesis word, in seconds, as `words_with_times` has them.
+    times: dict[str, list[tuple[float, float]]]
 
 
 @torch.inference_mode()
@@ -177,6 +179,7 @@ def decode(
     model = model.to(device)
     results: list[Result] = []
     delays: list[tuple[float, float]] = []
+    times: dict[str, list[tuple[float, float]]] = {}
     speech = spent = 0.0
     for batch, seconds in data.batches(epoch=0):
         started = time.perf_counter()
@@ -184,11 +187,14 @@ def decode(
         found = decode_batch(model, features_BTF, lens_B, settings)
         spent += time.perf_counter() - started
         speech += seconds
-        for name, text, hypothesis in zip(batch.ids, batch.texts, found):
+        for b, (name, text, hypothesis) in enumerate(zip(batch.ids, batch.texts, found)):
             results.append((name, text.split(), tokens.decode(hypothesis.tokens).split()))
+            length = int(batch.lengths_B[b]) * model.encoder.feature_frame_shift
+            words = words_with_times(model.encoder, hypothesis, tokens, length)
+            times[name] = [(word.start, word.end) for word in words]
         if model.encoder.settings.causal:
             delays += _delays(model, features_BTF, lens_B, settings, found)
         logging.info(f"decoded {speech:.0f} of {data.seconds:.0f} s, RTF {spent / speech:.4f}")
     if not results:
         raise RecipeError("decoding: the test set has no utterances; make its manifest again")
-    return Decoded(sorted(results), spent / speech, summarize_delays(delays))
+    return Decoded(sorted(results), spent / speech, summarize_delays(delays), times)

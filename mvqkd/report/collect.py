@@ -32,6 +32,29 @@ def read_log(exp_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_decoded(exp_dir: Path) -> dict[str, Any]:
+    """What stage 7 left of a student: its setting, and the words of each test set."""
+    return json.loads(require(exp_dir / "decoded.json", "run stage 7").read_text())
+
+
+def read_diagnostics(exp_dir: Path, labels: str) -> dict[str, Any]:
+    """Of the quantizer of a set of labels."""
+    path = exp_dir / "quantizer" / labels / "diagnostics.json"
+    return json.loads(require(path, "run stage 4").read_text())
+
+
+def embedding_bytes_per_hour(exp_dir: Path, labels: str) -> float | None:
+    """What the teacher's embeddings would take as float32, were they stored instead of indexes.
+
+    None where the quantizer does not say what it was trained on.
+    """
+    path = exp_dir / "quantizer" / labels / "quantizer.pt.json"
+    meta = json.loads(path.read_text()) if path.exists() else {}
+    if not meta.get("dim") or not meta.get("frame_shift"):
+        return None
+    return 4 * meta["dim"] * 3600 / meta["frame_shift"]
+
+
 def label_bytes_per_hour(labels_dir: Path) -> float:
     """Bytes on disk of the label arrays for an hour of speech."""
     cuts = read_cuts(labels_dir / "train.jsonl.gz")
@@ -63,7 +86,7 @@ def collect_results(
     for student in students:
         folder = exp_dir / student
         settings = json.loads(require(folder / "settings.json", "run stage 6").read_text())
-        decoded[student] = json.loads(require(folder / "decoded.json", "run stage 7").read_text())
+        decoded[student] = read_decoded(folder)
         kind = settings["distillation"]["kind"]
         log = read_log(folder)
         test_sets = {}
@@ -116,7 +139,7 @@ def _published_section(exp_dir: Path, data_dir: Path, labels: str, command: str)
 
 def _teacher_sections(exp_dir: Path, labels: str, command: str) -> dict[str, dict[str, Any]]:
     teacher = json.loads((exp_dir / "teacher-wer" / "wer.json").read_text())
-    diagnostics = json.loads((exp_dir / "quantizer" / labels / "diagnostics.json").read_text())
+    diagnostics = read_diagnostics(exp_dir, labels)
     return {
         "teacher": {
             "wer": teacher["wer"],
