@@ -8,6 +8,7 @@
 #   3  teacher embeddings of a sample of utterances
 #   4  train the codebooks
 #   5  dump the codebook indexes of the training set
+#      (or, with --use-extracted-codebook true, take published ones, and nothing of 1 to 4)
 #   6  train the students
 #   7  decode the test sets
 #   8  report
@@ -29,9 +30,12 @@ device=auto          # auto|cpu|cuda: where to run
 teacher=""           # a file of conf/teacher/, without .yaml; the recipe's where empty
 teacher_dir=""       # its folder or fairseq checkpoint, instead of what that file names
 train_teacher=false  # train the embedded teacher anew instead of taking the shipped one
+use_extracted_codebook=false  # take published codebook indexes, see conf/published.yaml
+codebook_dir=""      # a copy of them, instead of the hub
 label_launcher=""    # starts stage 5: "torchrun --nproc-per-node 4 --no-python" for four GPUs, or
                      # "local/slurm_array.sh 16 --gpus-per-task=1 --" for an array of 16 tasks
-labels=mvq           # name of the set of labels that is dumped and learned from
+labels=""            # name of the set of labels that is dumped and learned from; mvq where empty,
+                     # or published
 students=""          # which of the recipe's students; all where empty
 num_workers=2        # processes of stage 0
 num_gpus=1           # of this host, that train one model together; on the CPU, processes
@@ -43,7 +47,21 @@ if [[ $train_teacher == true && -n $teacher$teacher_dir ]]; then
     echo "$0: --train-teacher makes the embedded teacher; leave out --teacher and --teacher-dir" >&2
     exit 1
 fi
+if [[ $use_extracted_codebook == true && $train_teacher$teacher$teacher_dir != false ]]; then
+    echo "$0: --use-extracted-codebook runs no teacher; leave out --teacher, --teacher-dir and" \
+        "--train-teacher" >&2
+    exit 1
+fi
+if [[ $use_extracted_codebook == false && -n $codebook_dir ]]; then
+    echo "$0: --codebook-dir $codebook_dir: is of --use-extracted-codebook true" >&2
+    exit 1
+fi
+if [[ -z $labels ]]; then
+    labels=mvq
+    [[ $use_extracted_codebook == false ]] || labels=published
+fi
 . local/recipe.sh
+[[ $use_extracted_codebook == false ]] || teacher=""
 . ./path.sh
 . local/steps.sh
 
@@ -76,6 +94,13 @@ elif ((num_gpus > 1)); then
     trainer=(python3 -m mvqkd.launch --standalone --nproc-per-node "$num_gpus")
 fi
 known_students=${student_names[*]}
+if [[ $use_extracted_codebook == true && -z $students ]]; then
+    # The quantizer or embeddings that regression needs are not published, nor is the teacher.
+    for student in "${student_names[@]}"; do
+        [[ ${student_confs[$student]} == *@(distillation/*l[12]|in-loop)* ]] || students+="$student "
+    done
+    log "published indexes have no quantizer: students ${students% } of $known_students"
+fi
 [[ -z $students ]] || read -ra student_names <<<"$students"
 for student in "${student_names[@]}"; do
     if [[ -z ${student_confs[$student]+set} ]]; then
@@ -99,11 +124,13 @@ fi
 
 # What made the results: the options that change them.
 invocation() {
-    local gpus_option=''
+    local gpus_option='' published=''
     ((num_gpus == 1)) || gpus_option=" --num-gpus $num_gpus"
+    [[ $use_extracted_codebook == false ]] ||
+        published="--use-extracted-codebook true ${codebook_dir:+--codebook-dir $codebook_dir }"
     echo "./run.sh --corpus $corpus${size:+ --size $size}${split:+ --split $split}" \
         "${teacher:+--teacher $teacher }${teacher_dir:+--teacher-dir $teacher_dir }--labels $labels" \
-        "${students:+--students \"$students\" }--train-teacher $train_teacher${gpus_option}"
+        "${published}${students:+--students \"$students\" }--train-teacher $train_teacher${gpus_option}"
 }
 
 manifests() {
@@ -131,15 +158,24 @@ train_teacher() {
         --work_dir "$exp/$made-training" --out_dir "$exp/$made" --device "$device"
 }
 
+if [[ $use_extracted_codebook == true ]] && ((stage <= 4 && stop_stage >= 1)); then
+    log "stages 1 to 4: published indexes need none of them"
+fi
+
+# makes_labels STAGE: whether it is to run, as it does where labels are made here.
+makes_labels() {
+    [[ $use_extracted_codebook == false ]] && on "$1"
+}
+
 manifest_kind=manifests
-if on 1; then
+if makes_labels 1; then
     if [[ -z $teacher ]]; then
         # From random weights first, unless the recipe has others to begin with.
         if [[ -z $teacher_init ]]; then
             teacher_init=$exp/teacher-first
             # shellcheck disable=SC2046
             train_teacher teacher-first manifests $(conf teacher-training)
-            tuned_after=teacher-first
+            tuned_after="teacher-first"
         fi
         # shellcheck disable=SC2046
         train_teacher teacher "${tuned_after:-manifests}" \
@@ -152,7 +188,7 @@ if on 1; then
             --teacher "${teacher_dir:-$named}" --out_dir "$exp/teacher"
     fi
 fi
-if on 2; then
+if makes_labels 2; then
     # shellcheck disable=SC2046,SC2086
     step verify-teacher "teacher manifests" "$exp/teacher-wer" \
         python3 local/verify_teacher.py --teacher "$exp/teacher" \
@@ -161,14 +197,14 @@ fi
 
 manifest_kind=fbank
 quantizer=$exp/quantizer/$labels/quantizer.pt
-if on 3; then
+if makes_labels 3; then
     # shellcheck disable=SC2046
     step "embeddings-$labels" "teacher features" "$exp/quantizer/$labels/embeddings.h5" \
         python3 local/sample_embeddings.py $(conf "$teacher_conf" sample) --teacher "$exp/teacher" \
         --train_manifest "$data/fbank/train.jsonl.gz" \
         --out "$exp/quantizer/$labels/embeddings.h5" --device "$device"
 fi
-if on 4; then
+if makes_labels 4; then
     # shellcheck disable=SC2046
     step "quantizer-$labels" "embeddings-$labels" \
         "$quantizer $exp/quantizer/$labels/diagnostics.json $exp/quantizer/$labels/checkpoint.pt?" \
@@ -176,13 +212,21 @@ if on 4; then
         --embeddings "$exp/quantizer/$labels/embeddings.h5" --out_dir "$exp/quantizer/$labels" \
         --device "$device"
 fi
-if on 5; then
+if makes_labels 5; then
     # shellcheck disable=SC2046
     launcher=$label_launcher step "labels-$labels" "quantizer-$labels features" \
         "$data/labels/$labels $data/labels/$labels/train.jsonl.gz" \
         python3 local/dump_labels.py $(conf labels) --teacher "$exp/teacher" \
         --quantizer "$quantizer" --train_manifest "$data/fbank/train.jsonl.gz" \
         --out "$data/labels/$labels/train.jsonl.gz" --device "$device"
+fi
+if [[ $use_extracted_codebook == true ]] && on 5; then
+    # shellcheck disable=SC2046,SC2086
+    step "labels-$labels" features \
+        "$data/labels/$labels $data/labels/$labels/train.jsonl.gz" \
+        python3 local/take_labels.py $(conf published) --parts "$(list $train_parts)" \
+        --train_manifest "$data/fbank/train.jsonl.gz" ${codebook_dir:+--dl_dir "$codebook_dir"} \
+        --out "$data/labels/$labels/train.jsonl.gz"
 fi
 
 train_student() {
@@ -192,7 +236,7 @@ train_student() {
     if [[ $confs != *distillation/none* ]]; then
         after="labels-$labels tokens"
         manifest=$data/labels/$labels/train.jsonl.gz
-        kind_args=(--distillation.quantizer "$quantizer")
+        [[ $use_extracted_codebook == true ]] || kind_args=(--distillation.quantizer "$quantizer")
     fi
     # shellcheck disable=SC2046,SC2086
     step "student-$student" "$after" "$exp/$student" \
@@ -240,10 +284,13 @@ if on 7; then
     done
 fi
 if on 8; then
-    # shellcheck disable=SC2046
-    step report "verify-teacher ${student_names[*]/#/decode-}" \
+    made_by=verify-teacher report_args=()
+    [[ $use_extracted_codebook == false ]] || made_by=labels-$labels report_args=(--published true)
+    # shellcheck disable=SC2046,SC2086
+    step report "$made_by ${student_names[*]/#/decode-}" \
         "$exp/results.json $exp/report" \
-        python3 local/report.py --exp_dir "$exp" --data_dir "$data" --labels "$labels" \
+        python3 local/report.py $(conf report) "${report_args[@]}" --exp_dir "$exp" \
+        --data_dir "$data" --labels "$labels" --test_manifests "$(manifests $test_parts)" \
         --students "$(list "${student_names[@]}")" --command "$(invocation)"
     cat "$exp/report/table.txt"
 fi

@@ -14,3 +14,4 @@ stamps=$exp/stamps
 # A relative path is meant from where the user called.
 [[ -z $dl_dir || $dl_dir == /* ]] || dl_dir=$caller/$dl_dir
 [[ -z ${teacher_dir:-} || $teacher_dir == /* ]] || teacher_dir=$caller/$teacher_dir
+[[ -z ${codebook_dir:-} || $codebook_dir == /* ]] || codebook_dir=$caller/$codebook_dir

@@ -1,13 +1,21 @@
-"""Table, plots and results.json of what has been decoded."""
+"""Table, plots, page and results.json of what has been decoded."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mvqkd import cli
+from mvqkd.data.manifests import read_cuts
 from mvqkd.files import written_aside
-from mvqkd.report.collect import collect_results, read_log
+from mvqkd.report.collect import (
+    collect_results,
+    embedding_bytes_per_hour,
+    read_decoded,
+    read_diagnostics,
+    read_log,
+)
+from mvqkd.report.page import PageSettings, Report, write_page
 from mvqkd.report.plots import plot_training_curves, plot_wer_bars
 from mvqkd.report.table import results_document, wer_table, write_results_json
 
@@ -23,24 +31,51 @@ class Settings:
     students: list[str]
     # As the user typed it.
     command: str
+    # The labels are others', and nothing is known here of the teacher and the codebooks.
+    published: bool = False
+    # Whose audio the page shows and plays.
+    test_manifests: list[Path] = field(default_factory=list)
+    page: PageSettings = field(default_factory=PageSettings)
 
 
 def main(settings: Settings) -> None:
+    exp_dir, students = settings.exp_dir, settings.students
+    labels, published = settings.labels, settings.published
     rows, other = collect_results(
-        settings.exp_dir, settings.data_dir, settings.labels, settings.students, settings.command
+        exp_dir, settings.data_dir, labels, students, settings.command, published
     )
-    out = settings.exp_dir / "report"
+    out = exp_dir / "report"
     with written_aside(out) as aside:
         aside.mkdir()
         text = wer_table(rows, style="text")
-        teacher = ", ".join(f"{k} {v:.2f}" for k, v in other["teacher"]["wer"].items())
-        text += f"\n\nteacher, WER by greedy CTC: {teacher or 'has no CTC head'}\n"
+        if published:
+            text += f"\n\nlabels: published, {other['labels']['made_by']}\n"
+        else:
+            teacher = ", ".join(f"{k} {v:.2f}" for k, v in other["teacher"]["wer"].items())
+            text += f"\n\nteacher, WER by greedy CTC: {teacher or 'has no CTC head'}\n"
         (aside / "table.txt").write_text(text)
         (aside / "table.md").write_text(wer_table(rows, style="markdown") + "\n")
         plot_wer_bars(rows, aside / "wer.png")
-        curves = {name: read_log(settings.exp_dir / name) for name in settings.students}
+        curves = {name: read_log(exp_dir / name) for name in students}
         plot_training_curves(curves, aside / "training.png")
-    write_results_json(settings.exp_dir / "results.json", results_document(rows, other))
+        report = Report(
+            title=exp_dir.resolve().name,
+            names=students,
+            rows=rows,
+            decoded=[read_decoded(exp_dir / name) for name in students],
+            curves=curves,
+            teacher_wer={} if published else other["teacher"]["wer"],
+            diagnostics=None if published else read_diagnostics(exp_dir, labels),
+            embedding_bytes_per_hour=None
+            if published
+            else embedding_bytes_per_hour(exp_dir, labels),
+            cuts={
+                path.name.split(".")[0]: {cut.id: cut for cut in read_cuts(path)}
+                for path in settings.test_manifests
+            },
+        )
+        write_page(aside / "index.html", report, settings.page)
+    write_results_json(exp_dir / "results.json", results_document(rows, other))
 
 
 if __name__ == "__main__":

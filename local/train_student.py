@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from lhotse import CutSet
 
@@ -56,12 +57,15 @@ def log_beside(exp_dir: Path) -> None:
         handler.setFormatter(form)
 
 
-def write_settings(settings: Settings, device: str) -> None:
+def write_settings(settings: Settings, device: str, seconds: list[float]) -> None:
+    """``seconds``: of each utterance of the training manifest."""
     document = {
         "command": " ".join(sys.argv),
         **asdict(settings),
         "device": device,
         "num_processes": num_processes(),
+        # What 99 of 100 stay below: longer audio is better cut before it is decoded.
+        "longest_utterances": float(np.percentile(seconds, 99)),
     }
     with written_aside(settings.exp_dir / "settings.json") as aside:
         aside.write_text(json.dumps(document, indent=1, default=str) + "\n")
@@ -72,6 +76,7 @@ def main(settings: Settings) -> None:
     device = pick_device(settings.device)
     tokens = load_tokens(settings.tokens_dir)
     train_cuts = read_cuts(settings.train_manifest)
+    seconds = [cut.duration for cut in train_cuts]
     for path in settings.untranscribed_manifests:
         unread = (cut.drop_supervisions() for cut in read_cuts(path))
         train_cuts = CutSet.from_cuts([*train_cuts, *unread])
@@ -90,7 +95,7 @@ def main(settings: Settings) -> None:
         for path in settings.dev_manifests
     }
     if is_main():
-        write_settings(settings, describe_device(device))
+        write_settings(settings, describe_device(device), seconds)
     task = StudentTask(
         model,
         settings.model,

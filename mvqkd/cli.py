@@ -11,11 +11,13 @@
         cli.run(main, Settings)
 
 ``--config FILE`` may be given several times: later files, and then the other
-options, win. A nested field is ``--a.b value``; an unknown key is an error.
+options, win. A nested field is ``--a.b value``; an unknown key is an error. A list of paths with
+``field(metadata={"positional": True})`` is what follows the options, at least one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -24,6 +26,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -46,7 +49,10 @@ def parse(settings_class: type[T], args: Sequence[str] | None = None) -> tuple[T
     )
     parser.add_argument("--config", action="config", help="a YAML file; may be given again")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    parser.add_class_arguments(settings_class, fail_untyped=True)
+    positional = {f.name for f in dataclasses.fields(settings_class) if "positional" in f.metadata}
+    parser.add_class_arguments(settings_class, fail_untyped=True, skip=positional)
+    for name in positional:
+        parser.add_argument(name, type=Path, nargs="+")
     try:
         namespace = parser.parse_args(args)
     except ArgumentError as error:

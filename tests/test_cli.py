@@ -124,3 +124,20 @@ def test_pick_device(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(RecipeError, match="process 2 of this host finds no device of its own"):
         pick_device("cuda")
+
+
+@dataclass
+class WithFiles:
+    """Of a script that takes files."""
+
+    files: list[Path] = field(metadata={"positional": True})
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_paths_after_the_options(conf):
+    settings, _ = cli.parse(WithFiles, ["--inner.a", "3", "a b.wav", "-", "c"])
+    assert settings == WithFiles([Path("a b.wav"), Path("-"), Path("c")], Inner(3))
+    with pytest.raises(RecipeError, match="files"):
+        cli.parse(WithFiles, [])
+    with pytest.raises(RecipeError, match="inner"):
+        cli.parse(WithFiles, ["--config", conf("inner: {z: 4}"), "a"])

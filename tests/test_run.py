@@ -81,6 +81,8 @@ def test_leaves_what_each_stage_promises(finished, monkeypatch):
     table = (exp / "report/table.txt").read_text()
     assert table in done.stdout
     assert (exp / "report/training.png").exists() and (exp / "report/wer.png").exists()
+    page = (exp / "report/index.html").read_text()
+    assert page.count("data:audio/mpeg;base64,") == min(50, page.count("<article")) > 0
     assert not list(folder.rglob(".part-*"))
 
 

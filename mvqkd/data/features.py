@@ -19,7 +19,7 @@ from lhotse.utils import fastcopy
 
 from mvqkd.data.audio import load_audio
 from mvqkd.data.shards import ArrayFile, map_shards
-from mvqkd.errors import RecipeError
+from mvqkd.errors import RecipeError, reason_of
 from mvqkd.files import written_aside
 
 SAMPLE_RATE = 16000
@@ -40,29 +40,33 @@ class FeatureSettings:
 def make_extractor(settings: FeatureSettings) -> FeatureExtractor:
     """
     Raises:
-      RecipeError: kaldifeat is asked for and not installed.
+      RecipeError: kaldifeat is asked for, and not installed or built for another torch.
     """
     if settings.extractor == "fbank":
         return Fbank(FbankConfig(sampling_rate=SAMPLE_RATE, num_mel_bins=settings.num_mel_bins))
     try:
+        import kaldifeat  # noqa: F401  lhotse says less of what is wrong with it
         from lhotse.features.kaldifeat import (
             KaldifeatFbank,
             KaldifeatFbankConfig,
             KaldifeatMelOptions,
         )
-
-        return KaldifeatFbank(
-            KaldifeatFbankConfig(mel_opts=KaldifeatMelOptions(num_bins=settings.num_mel_bins))
-        )
-    except (ImportError, AssertionError, ModuleNotFoundError) as error:
+    except (ImportError, OSError) as error:  # not there, or of another torch
+        pages = "https://csukuangfj.github.io/kaldifeat/cpu.html"
         raise RecipeError(
-            "features.extractor: kaldifeat-fbank needs the package kaldifeat; install it "
-            "(https://csukuangfj.github.io/kaldifeat/installation), or set it to fbank"
+            "features.extractor: kaldifeat-fbank needs the package kaldifeat, which does not "
+            f"import ({reason_of(error)}); pip install kaldifeat==VERSION -f {pages} (or cuda.html "
+            f"there), where VERSION is one that ends in torch{torch.__version__.split('+')[0]}; or "
+            "set it to fbank"
         ) from error
+    return KaldifeatFbank(
+        KaldifeatFbankConfig(mel_opts=KaldifeatMelOptions(num_bins=settings.num_mel_bins))
+    )
 
 
-def _extract(extractor: FeatureExtractor, cuts: CutSet, arrays: ArrayFile) -> CutSet:
+def _extract(settings: FeatureSettings, cuts: CutSet, arrays: ArrayFile) -> CutSet:
     torch.set_num_threads(1)
+    extractor = make_extractor(settings)  # here: kaldifeat's need not go to another process
     done = []
     for cut in cuts:
         matrix_TF = extractor.extract(load_audio(cut), SAMPLE_RATE)
@@ -101,7 +105,8 @@ def compute_features(
         for factor in settings.speed_factors:
             cuts = cuts + perturb_speed(originals, factor)
     folder = out.with_name(out.name.split(".")[0])
-    extract = partial(_extract, make_extractor(settings))
+    make_extractor(settings)  # what it needs is missed before anything is begun
+    extract = partial(_extract, settings)
     done = map_shards(cuts, folder, extract, settings.shard_size, num_workers, f"features {out}")
     with written_aside(out) as aside:
         done.to_file(aside)

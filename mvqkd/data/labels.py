@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
@@ -49,6 +49,11 @@ IGNORED = -100
 # How far the times of two cuts may lie apart that are the same (s): versions of lhotse round
 # differently.
 SAME_TIME = 0.005
+
+
+_UNKNOWN_ORIGIN = (
+    "cut {}: its labels do not say what made them; set accept_unknown_origin: true if you know"
+)
 
 
 def origin_field(field: str) -> str:
@@ -126,10 +131,14 @@ class CodebookIndexes:
         return indexes_FN.to(torch.uint8)
 
     def what_is_wrong(self, indexes_TN: np.ndarray) -> str | None:
-        size = self._quantizer.codebook_size
-        if indexes_TN.max(initial=0) >= size:
-            return f"holds index {indexes_TN.max()}, but codebooks have {size} entries"
-        return None
+        return out_of_range(indexes_TN, self._quantizer.codebook_size)
+
+
+def out_of_range(indexes_TN: np.ndarray, codebook_size: int) -> str | None:
+    """What is wrong with indexes of codebooks of that size; None: nothing."""
+    if indexes_TN.max(initial=0) >= codebook_size:
+        return f"holds index {indexes_TN.max()}, but codebooks have {codebook_size} entries"
+    return None
 
 
 class Embeddings:
@@ -168,30 +177,48 @@ class Embeddings:
 LabelKind = CodebookIndexes | Embeddings
 
 
+class Clock(Protocol):
+    """Of a teacher, how many frames there are."""
+
+    def num_frames(self, num_samples: int) -> int: ...
+
+
+class Expected(Protocol):
+    """What labels should be: every `LabelKind`, and labels that were made elsewhere."""
+
+    field: str
+    dtype: np.dtype
+    columns: int
+    origin: Origin
+    teacher: Clock
+
+    def what_is_wrong(self, array: np.ndarray) -> str | None:
+        """Of the values of a label; None: nothing."""
+
+
 @torch.inference_mode()
 def compute_labels(
     kinds: Sequence[LabelKind], waveforms_BL: torch.Tensor, lengths_B: torch.Tensor
 ) -> dict[str, tuple[torch.Tensor, list[int]]]:
     """By field, the labels (F, columns) of a batch's utterances one after the other, and how many
-    frames each of them has. A layer that several kinds are of is computed once.
+    frames each of them has. All layers of a teacher come from one pass.
 
     Args:
       waveforms_BL, lengths_B: see `Teacher.embed`; where the kinds have been moved to.
     """
-    embedded: dict[tuple[int, int], tuple[torch.Tensor, list[int]]] = {}
-    labels = {}
-    for kind in kinds:
-        source = (id(kind.teacher), kind.origin.layer)
-        if source not in embedded:
-            embeddings_BTD, frames_B = kind.teacher.embed(
-                waveforms_BL, lengths_B, kind.origin.layer
-            )
-            frames_T = torch.arange(embeddings_BTD.shape[1], device=waveforms_BL.device)
-            inside_BT = frames_T < frames_B[:, None]
-            embedded[source] = (embeddings_BTD[inside_BT], frames_B.tolist())
-        embeddings_FD, frames = embedded[source]
-        labels[kind.field] = (kind.encode(embeddings_FD), frames)
-    return labels
+    embedded, frames = {}, {}
+    for teacher in dict.fromkeys(kind.teacher for kind in kinds):
+        layers = sorted({kind.origin.layer for kind in kinds if kind.teacher is teacher})
+        embeddings, frames_B = teacher.embed_layers(waveforms_BL, lengths_B, layers)
+        frames_T = torch.arange(embeddings[0].shape[1], device=waveforms_BL.device)
+        inside_BT = frames_T < frames_B[:, None]
+        for layer, embeddings_BTD in zip(layers, embeddings):
+            embedded[teacher, layer] = embeddings_BTD[inside_BT]
+        frames[teacher] = frames_B.tolist()
+    return {
+        kind.field: (kind.encode(embedded[kind.teacher, kind.origin.layer]), frames[kind.teacher])
+        for kind in kinds
+    }
 
 
 class Dumper:
@@ -342,17 +369,20 @@ def join_labels(cuts: CutSet, labelled: CutSet, fields: Sequence[str] = (FIELD,)
     """``cuts`` with the labels of ``labelled``, found by cut id.
 
     Where the ids are of another scheme (versions of lhotse name cuts of perturbed speed
-    differently), a label is found by recording, channel, start and speed.
+    differently), a label is found by recording, channel, start and speed. Labels whose cuts name
+    no recording, as the published ones, have these of their id, as lhotse makes ids.
 
     Raises:
       RecipeError: a cut has no label, or two, or one of another recording, start or speed; both
         ids are named.
     """
+    cuts = list(cuts)  # a manifest may be read anew at each turn
+    recordings = {_source(cut)[0] for cut in cuts if cut.recording is not None}
     by_id, by_source = {}, defaultdict(list)
     for other in labelled:
         by_id[other.id] = other
-        if other.recording is not None:
-            by_source[_source(other)].append(other)
+        named = other.recording is not None
+        by_source[_source(other) if named else _source_by_id(other, recordings)].append(other)
     ids = sorted(by_id)
     joined = []
     for cut in cuts:
@@ -376,7 +406,8 @@ def join_labels(cuts: CutSet, labelled: CutSet, fields: Sequence[str] = (FIELD,)
     return CutSet.from_cuts(joined)
 
 
-def _speed(cut) -> float:
+def speed_of(cut) -> float:
+    """1 unless lhotse has perturbed it."""
     speed = 1.0
     for transform in cut.recording.transforms or []:
         document = transform if isinstance(transform, dict) else transform.to_dict()
@@ -387,14 +418,27 @@ def _speed(cut) -> float:
 
 def _source(cut) -> tuple[str, int, float]:
     """(recording without its speed's affix, channel, speed)."""
-    speed = _speed(cut)
+    speed = speed_of(cut)
     recording = cut.recording.id
     if speed != 1:
         recording = re.sub(r"^sp[\d.]+-|[_-]sp[\d.]+$", "", recording)
     return recording, cut.channel, speed
 
 
+def _source_by_id(cut, recordings: set[str]) -> tuple[str, int, float] | None:
+    """As `_source`, of a cut that has no recording: lhotse makes ids of that of the recording,
+    numbers, and the speed. None where it is none of ``recordings``."""
+    name, speed = re.fullmatch(r"(.*?)(?:_sp(\d+(?:\.\d+)?))?", cut.id, re.DOTALL).groups()
+    while name not in recordings:
+        name, _, number = name.rpartition("-")
+        if not (name and number.isdecimal()):
+            return None
+    return name, cut.channel, round(float(speed or 1), 4)
+
+
 def _told(cut) -> str:
+    if cut.recording is None:
+        return f"unknown name, {cut.duration:.3f} s"
     recording, channel, speed = _source(cut)
     return f"{recording} (channel {channel}, speed {speed:g}) at {cut.start:.3f} s"
 
@@ -411,7 +455,11 @@ def _agree(cut, other) -> bool:
 def _same_speech(cut, by_source: dict, ids: list[str]):
     found = []
     if cut.recording is not None:
-        found = [other for other in by_source.get(_source(cut), []) if _agree(cut, other)]
+        found = [
+            other
+            for other in by_source.get(_source(cut), [])
+            if _agree(cut, other) and abs(cut.start - other.start) < SAME_TIME
+        ]
     if len(found) == 1:
         return found[0]
     if found:
@@ -432,7 +480,7 @@ def _common_prefix(one: str, two: str) -> int:
 
 
 def verify_labels(
-    cuts: CutSet, kinds: Sequence[LabelKind], accept_unknown_origin: bool = False
+    cuts: CutSet, kinds: Sequence[Expected], accept_unknown_origin: bool = False
 ) -> None:
     """Every cut has the labels ``kinds``: as many frames as its duration asks for, values in
     range, of their origin.
@@ -450,7 +498,7 @@ def verify_labels(
         )
 
 
-def _verify_label(cut, kind: LabelKind, accept_unknown: bool) -> int:
+def _verify_label(cut, kind: Expected, accept_unknown: bool) -> int:
     check_origin(cut, kind.origin, accept_unknown, kind.field)
     # All of the array: lhotse cuts off what is too long for the cut.
     array = _stored(cut, kind.field, whole=True)
@@ -472,25 +520,27 @@ def _verify_label(cut, kind: LabelKind, accept_unknown: bool) -> int:
     return len(array)
 
 
+def _labelled_custom(cut, field: str) -> dict:
+    """The custom fields of what of ``cut`` carries ``field``."""
+    custom = labelled_part(cut, field)[0].custom or {}
+    if field not in custom:
+        raise RecipeError(f"cut {cut.id}: has no {field}; run stage 5")
+    return custom
+
+
 def check_origin(cut, origin: Origin, accept_unknown: bool, field: str = FIELD) -> None:
     """
     Raises:
       RecipeError: ``cut`` has no labels, or labels that ``origin`` did not make.
     """
-    custom = labelled_part(cut, field)[0].custom or {}
-    if field not in custom:
-        raise RecipeError(f"cut {cut.id}: has no {field}; run stage 5")
-    found = custom.get(origin_field(field))
+    found = _labelled_custom(cut, field).get(origin_field(field))
     if found is None:
         if not accept_unknown:
-            raise RecipeError(
-                f"cut {cut.id}: its labels do not say what made them; "
-                "set accept_unknown_origin: true if you know"
-            )
+            raise RecipeError(_UNKNOWN_ORIGIN.format(cut.id))
     elif not origin.sha256 or not found["sha256"]:
         if found != asdict(origin):
             raise RecipeError(
-                f"cut {cut.id}: its {field} are {_in_words(found)}, not {_in_words(asdict(origin))}"
+                f"cut {cut.id}: its {field} are {in_words(found)}, not {in_words(asdict(origin))}"
                 "; run stage 5 again, or name the other"
             )
     elif found["sha256"] != origin.sha256:
@@ -501,7 +551,39 @@ def check_origin(cut, origin: Origin, accept_unknown: bool, field: str = FIELD) 
         )
 
 
-def _in_words(origin: dict) -> str:
+def common_facts(
+    cuts: CutSet, accept_unknown_origin: bool, field: str = FIELD
+) -> tuple[int, float]:
+    """Codebooks and frame shift of indexes whose quantizer is not here.
+
+    Raises:
+      RecipeError: a cut has no indexes, or does not say what made them, or they are of another
+        origin or form than the first cut's.
+    """
+    first = None
+    for cut in cuts:
+        custom = _labelled_custom(cut, field)
+        origin = custom.get(origin_field(field))
+        if origin is None and not accept_unknown_origin:
+            raise RecipeError(_UNKNOWN_ORIGIN.format(cut.id))
+        label = custom[field]
+        found = (label.shape[1], label.frame_shift, origin)
+        first = first or (cut.id, found)
+        if found != first[1]:
+            raise RecipeError(
+                f"cut {cut.id}: its labels ({_facts_in_words(*found)}) are not of those of cut "
+                f"{first[0]} ({_facts_in_words(*first[1])}); train on labels of one kind"
+            )
+    return first[1][:2]
+
+
+def _facts_in_words(num_codebooks: int, frame_shift: float, origin: dict | None) -> str:
+    made_by = "of unknown origin" if origin is None else in_words(origin)
+    return f"{num_codebooks} codebooks, {1000 * frame_shift:g} ms a frame, {made_by}"
+
+
+def in_words(origin: dict) -> str:
+    """What an `Origin`, as a cut holds it, is called in messages."""
     return f"{origin['quantizer']} of layer {origin['layer']} of {origin['teacher']}"
 
 

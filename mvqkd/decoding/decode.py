@@ -15,9 +15,11 @@ from mvqkd.data.datamodule import StudentData
 from mvqkd.decoding.scoring import Result
 from mvqkd.decoding.search import BeamSearch, GreedySearch, Hypothesis
 from mvqkd.decoding.streaming import decode_streaming
+from mvqkd.decoding.times import EmissionDelay, emission_delays, summarize_delays, words_with_times
 from mvqkd.errors import RecipeError
 from mvqkd.files import require
-from mvqkd.students.conformer import ConformerSettings
+from mvqkd.students.conformer import ConformerSettings, subsampled_lengths
+from mvqkd.students.scaling import fold_scales
 from mvqkd.students.transducer import Transducer, TransducerSettings, build_transducer
 from mvqkd.training.checkpoint import averaged_weights
 
@@ -38,6 +40,10 @@ class DecodingSettings:
     chunk_size: int = 16
     left_context: int = 64
     right_context: int = 0
+
+    def __post_init__(self):
+        if self.beam < 1:
+            raise RecipeError(f"decoding.beam: {self.beam} is no beam; set it to 1 or more")
 
     def name(self, epoch: int, streaming: bool) -> str:
         """As icefall names its result files."""
@@ -65,45 +71,130 @@ def load_student(exp_dir: Path, settings: DecodingSettings) -> tuple[Transducer,
     weights = averaged_weights(exp_dir, epoch, settings.avg)
     weights = {k: v for k, v in weights.items() if not k.startswith("codebook_loss_net.")}
     model.load_state_dict(weights)
-    return model.eval(), epoch
+    return fold_scales(model).eval(), epoch
+
+
+def check_vocabulary(model: Transducer, tokens, tokens_dir: Path) -> None:
+    """
+    Raises:
+      RecipeError: the word pieces in ``tokens_dir`` are not as many as the student's.
+    """
+    vocab_size = model.joiner.output_linear.out_features
+    if len(tokens) != vocab_size:
+        raise RecipeError(
+            f"{tokens_dir}: holds {len(tokens)} word pieces and the student was trained on "
+            f"{vocab_size}; name the folder that it was trained with"
+        )
+
+
+def make_search(model: Transducer, settings: DecodingSettings) -> BeamSearch | GreedySearch:
+    """The search that ``settings`` name, over ``model``."""
+    if settings.method == "modified_beam_search":
+        return BeamSearch(model, settings.beam)
+    return GreedySearch(model)
+
+
+def _decode_whole(
+    search: BeamSearch | GreedySearch, features_BTF: torch.Tensor, lens_B: torch.Tensor
+) -> list[Hypothesis]:
+    encoder_out_BTC, encoder_lens_B, _ = search.model.encoder(features_BTF, lens_B)
+    search.step(encoder_out_BTC, encoder_lens_B)
+    return search.finish()
+
+
+@torch.inference_mode()
+def decode_batch(
+    model: Transducer,
+    features_BTF: torch.Tensor,
+    lens_B: torch.Tensor,
+    settings: DecodingSettings,
+) -> list[Hypothesis]:
+    """Decode a batch of utterances: as streams if the student is causal, else as wholes.
+
+    Args:
+      model: in evaluation mode.
+      features_BTF, lens_B: on the model's device; what lies past a length is not seen.
+    Raises:
+      RecipeError: an utterance is too short for the encoder of a student that is no stream.
+    """
+    search = make_search(model, settings)
+    if not model.encoder.settings.causal:
+        return _decode_whole(search, features_BTF, lens_B)
+    return decode_streaming(
+        model,
+        features_BTF,
+        lens_B,
+        settings.chunk_size,
+        settings.left_context,
+        settings.right_context,
+        search,
+    )
+
+
+def _delays(
+    model: Transducer,
+    features_BTF: torch.Tensor,
+    lens_B: torch.Tensor,
+    settings: DecodingSettings,
+    streamed: list[Hypothesis],
+) -> list[tuple[float, float]]:
+    """`emission_delays` of a batch of streams."""
+    # The whole-utterance pass takes none that is too short for a frame.
+    chosen = (subsampled_lengths(lens_B) > 0).nonzero()[:, 0]
+    if len(chosen) == 0:
+        return []
+    whole = _decode_whole(make_search(model, settings), features_BTF[chosen], lens_B[chosen])
+    chunks = (settings.chunk_size, settings.right_context)
+    delays = []
+    for b, hypothesis in zip(chosen.tolist(), whole):
+        delays += emission_delays(streamed[b], hypothesis, model.encoder, *chunks)
+    return delays
+
+
+@dataclass
+class Decoded:
+    """What became of a test set."""
+
+    # (cut id, reference words, hypothesis words) of each utterance, sorted.
+    results: list[Result]
+    # Real-time factor: seconds of computing for a second of speech, from features to tokens.
+    rtf: float
+    # Of a streaming student whose test set had a token to compare.
+    emission_delay: EmissionDelay | None
+    # By cut id: start and end of each hypothesis word, in seconds, as `words_with_times` has them.
+    times: dict[str, list[tuple[float, float]]]
 
 
 @torch.inference_mode()
 def decode(
     model: Transducer, data: StudentData, tokens, settings: DecodingSettings, device: torch.device
-) -> tuple[list[Result], float]:
-    """(cut id, reference words, hypothesis words) of each utterance, and the real-time factor."""
+) -> Decoded:
+    """Decode a test set, in batches.
+
+    Args:
+      tokens: the sentencepiece model.
+    Raises:
+      RecipeError: there is no utterance, or one is too short for the encoder.
+    """
     model = model.to(device)
     results: list[Result] = []
+    delays: list[tuple[float, float]] = []
+    times: dict[str, list[tuple[float, float]]] = {}
     speech = spent = 0.0
     for batch, seconds in data.batches(epoch=0):
         started = time.perf_counter()
         features_BTF, lens_B = batch.features_BTF.to(device), batch.lengths_B.to(device)
-        search: BeamSearch | GreedySearch = (
-            BeamSearch(model, settings.beam)
-            if settings.method == "modified_beam_search"
-            else GreedySearch(model)
-        )
-        found: list[Hypothesis]
-        if model.encoder.settings.causal:
-            found = decode_streaming(
-                model,
-                features_BTF,
-                lens_B,
-                settings.chunk_size,
-                settings.left_context,
-                settings.right_context,
-                search,
-            )
-        else:
-            encoder_out_BTC, encoder_lens_B, _ = model.encoder(features_BTF, lens_B)
-            search.step(encoder_out_BTC, encoder_lens_B)
-            found = search.finish()
+        found = decode_batch(model, features_BTF, lens_B, settings)
         spent += time.perf_counter() - started
         speech += seconds
-        for name, text, hypothesis in zip(batch.ids, batch.texts, found):
+        for b, (name, text, hypothesis) in enumerate(zip(batch.ids, batch.texts, found)):
             results.append((name, text.split(), tokens.decode(hypothesis.tokens).split()))
+            length = int(batch.lengths_B[b]) * model.encoder.feature_frame_shift
+            words = words_with_times(model.encoder, hypothesis, tokens, length)
+            times[name] = [(word.start, word.end) for word in words]
+        if model.encoder.settings.causal:
+            delays += _delays(model, features_BTF, lens_B, settings, found)
         logging.info(f"decoded {speech:.0f} of {data.seconds:.0f} s, RTF {spent / speech:.4f}")
     if not results:
         raise RecipeError("decoding: the test set has no utterances; make its manifest again")
-    return sorted(results), spent / speech
+    return Decoded(sorted(results), spent / speech, summarize_delays(delays), times)

@@ -90,6 +90,15 @@ def _marked(pairs: list[tuple[str, str]]) -> str:
     return " ".join(pieces[:-1])  # the last piece is the sentinel
 
 
+def align_words(ref: Sequence[str], hyp: Sequence[str]) -> list[tuple[str | None, str | None]]:
+    """Pairs of a reference word and what was recognised, by least edit distance.
+
+    None stands for no word: ``(word, None)`` is a deletion, ``(None, word)`` an insertion.
+    """
+    pairs = kaldialign.align(list(ref), list(hyp), _EPSILON)
+    return [(None if r == _EPSILON else r, None if h == _EPSILON else h) for r, h in pairs]
+
+
 def write_errs(path: str | os.PathLike, results: Iterable[Result]) -> ErrorCounts:
     """Write ``errs-<test set>-<setting>.txt`` in icefall's format, and return the counts.
 

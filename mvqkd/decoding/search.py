@@ -10,17 +10,20 @@ the result is the same::
 
 Shape suffixes: B utterances, T encoder frames, C encoder channels, J joiner channels, V
 vocabulary (blank included), K hypotheses of a beam, U tokens the predictor looks back at
-(its ``context_size``), A utterances that still have a frame at the moment.
+(its ``context_size``), S integers that a hypothesis is, A utterances that still have a frame at
+the moment, N rows of whatever is worked on, E those that emit a token.
 
 What a model must have (the names are icefall's): ``decoder(y_BU, need_pad=False)`` -> (B, 1,
 decoder channels), ``decoder.blank_id``, ``decoder.context_size``, ``joiner.encoder_proj``,
-``joiner.decoder_proj`` and ``joiner(enc_BJ, dec_BJ, project_input=False)`` -> (B, V).
+``joiner.decoder_proj`` and ``joiner(enc, dec, project_input=False)``, which broadcasts (..., J)
+and (..., J) -> (..., V).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +45,10 @@ class Hypothesis:
     tokens: list[int] = field(default_factory=list)
     frames: list[int] = field(default_factory=list)
     log_prob: float = 0.0
+
+
+def _lists(*arrays: np.ndarray) -> list[list[int]]:
+    return [array.tolist() for array in arrays]
 
 
 class _Search:
@@ -90,10 +97,11 @@ class _Search:
         """Predictor output for the contexts, projected for the joiner: (N, J)."""
         return self.model.joiner.decoder_proj(self.model.decoder(context_NU, need_pad=False)[:, 0])
 
-    def _log_probs(self, encoder_NJ: Tensor, predictor_NJ: Tensor) -> Tensor:
-        """(N, V) in float32: in half precision the sums over frames would be too coarse."""
-        logits_NV = self.model.joiner(encoder_NJ, predictor_NJ, project_input=False)
-        return logits_NV.log_softmax(dim=-1, dtype=torch.float32)
+    def _log_probs(self, encoder: Tensor, predictor: Tensor) -> Tensor:
+        """(..., J) and (..., J) -> (..., V), in float32: sums over frames in half precision would
+        be too coarse."""
+        logits = self.model.joiner(encoder, predictor, project_input=False)
+        return logits.log_softmax(dim=-1, dtype=torch.float32)
 
     def _start(self, encoder_out_BTC: Tensor) -> None:
         raise NotImplementedError
@@ -152,9 +160,10 @@ class GreedySearch(_Search):
                 rows = live_A.nonzero()[:, 0]
                 if rows.numel() == 0:
                     break
-                shifted = torch.cat([context_BU[rows, 1:], symbol_A[rows, None]], dim=1)
-                context_BU[rows] = shifted
-                predictor_BJ[rows] = self._predict(shifted)
+                last_symbols = symbol_A.index_select(0, rows)[:, None]
+                shifted = torch.cat([context_BU.index_select(0, rows)[:, 1:], last_symbols], dim=1)
+                context_BU.index_copy_(0, rows, shifted)
+                predictor_BJ.index_copy_(0, rows, self._predict(shifted))
                 symbols.append(torch.cat([symbol_A, blanks_B[A:]]))
                 frames.append(t)
 
@@ -163,10 +172,12 @@ class GreedySearch(_Search):
         self.log_prob_B = log_prob_B[inverse_B]
         if symbols:
             # One transfer a chunk, so that a GPU is not waited for at each token.
-            symbols_NB = torch.stack(symbols)[:, inverse_B].cpu()
-            for n, b in (symbols_NB != self.blank).nonzero().tolist():
-                self.emitted[b].tokens.append(int(symbols_NB[n, b]))
-                self.emitted[b].frames.append(int(self.frames_seen_B[b]) + frames[n])
+            symbols_NB = torch.stack(symbols)[:, inverse_B].cpu().numpy()
+            n_E, b_E = (symbols_NB != self.blank).nonzero()
+            frames_E = self.frames_seen_B.numpy()[b_E] + np.array(frames)[n_E]
+            for b, token, frame in zip(*_lists(b_E, symbols_NB[n_E, b_E], frames_E)):
+                self.emitted[b].tokens.append(token)
+                self.emitted[b].frames.append(frame)
 
     def partial(self) -> list[Hypothesis]:
         if self.batch_size is None:
@@ -199,23 +210,26 @@ class BeamSearch(_Search):
         self.beam = beam
 
     def _start(self, encoder_out_BTC: Tensor) -> None:
-        B, K, device = encoder_out_BTC.size(0), self.beam, encoder_out_BTC.device
-        self.context_BKU = torch.full((B, K, self.context_size), self.blank, device=device)
-        predictor_BJ = self._predict(self.context_BKU[:, 0])
+        B, K, U = encoder_out_BTC.size(0), self.beam, self.context_size
+        device = encoder_out_BTC.device
+        # What belongs to a hypothesis, in one tensor that one look-up regroups: the U tokens that
+        # the predictor sees, the hash of the whole sequence, and its length.
+        # A sequence is identified by a 64-bit hash, hash(y, v) = a * hash(y) + value(v) modulo
+        # 2^64: comparing tokens would cost more the longer the utterance. With random values, two
+        # sequences in one beam are confused with probability about 2^-64.
+        self.state_BKS = torch.zeros(B, K, U + 2, dtype=torch.int64, device=device)
+        self.state_BKS[:, :, :U] = self.blank
+        predictor_BJ = self._predict(self.state_BKS[:, 0, :U])
         self.predictor_BKJ = predictor_BJ[:, None].repeat(1, K, 1)
         # A place of the beam that holds no hypothesis has log probability -inf.
         self.log_prob_BK = torch.full((B, K), float("-inf"), device=device)
         self.log_prob_BK[:, 0] = 0.0
-        self.num_tokens_BK = torch.zeros(B, K, dtype=torch.int64, device=device)
-        # A sequence is identified by a 64-bit hash, hash(y, v) = a * hash(y) + value(v) modulo
-        # 2^64: comparing tokens would cost more the longer the utterance. The number of tokens
-        # is compared too. With random values, two sequences in one beam are confused with
-        # probability about 2^-64.
-        self.hash_BK = torch.zeros(B, K, dtype=torch.int64, device=device)
         self.hash_value_V: Tensor | None = None
+        self.first_row_B1 = torch.arange(0, B * K, K, device=device)[:, None]
+        self.earlier_KK = torch.ones(K, K, dtype=torch.bool, device=device).tril(-1)
         # Per chunk: frames seen before it (B), and for each of its frames which place of the
         # beam a hypothesis came from and the token that it added, blank for none (T, B, K).
-        self.history: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.history: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def _values(self, V: int, device: torch.device) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -223,83 +237,122 @@ class BeamSearch(_Search):
         return torch.randint(low, high, (V,), generator=generator).to(device)
 
     def _advance(self, encoder_TBJ: Tensor, active_T: list[int], order_B: Tensor) -> None:
-        K, U = self.beam, self.context_size
-        T, B, J = encoder_TBJ.shape
+        K = self.beam
+        T, B, _ = encoder_TBJ.shape
         device = encoder_TBJ.device
-        context_BKU, predictor_BKJ = self.context_BKU[order_B], self.predictor_BKJ[order_B]
-        log_prob_BK, hash_BK = self.log_prob_BK[order_B], self.hash_BK[order_B]
-        num_tokens_BK = self.num_tokens_BK[order_B]
+        state_BKS, predictor_BKJ = self.state_BKS[order_B], self.predictor_BKJ[order_B]
+        log_prob_BK = self.log_prob_BK[order_B]
         source_TBK = torch.arange(K, device=device).repeat(T, B, 1)
         token_TBK = torch.full((T, B, K), self.blank, device=device)
-        earlier_KK = torch.ones(K, K, dtype=torch.bool, device=device).tril(-1)
 
-        for t, A in enumerate(active_T):
-            encoder_NJ = encoder_TBJ[t, :A, None].expand(A, K, J).reshape(A * K, J)
-            log_probs_NV = self._log_probs(encoder_NJ, predictor_BKJ[:A].reshape(A * K, J))
-            V = log_probs_NV.size(-1)
-            if self.hash_value_V is None:
-                self.hash_value_V = self._values(V, device)
-            log_probs_NV += log_prob_BK[:A].reshape(A * K, 1)
-            log_prob_AK, index_AK = log_probs_NV.view(A, K * V).topk(K, dim=-1)
-            source_AK = index_AK // V
-            token_AK = index_AK - source_AK * V
-            emits_AK = token_AK != self.blank
-
-            hash_AK = hash_BK[:A].gather(1, source_AK)
-            num_tokens_AK = num_tokens_BK[:A].gather(1, source_AK) + emits_AK
-            extended_AK = hash_AK * _HASH_MULTIPLIER + self.hash_value_V[token_AK]
-            hash_AK = torch.where(emits_AK, extended_AK, hash_AK)
-            rows_AK = source_AK + torch.arange(0, A * K, K, device=device)[:, None]
-            context_AKU = context_BKU[:A].reshape(A * K, U)[rows_AK]
-            predictor_AKJ = predictor_BKJ[:A].reshape(A * K, J)[rows_AK]
-
-            same_AKK = (hash_AK[:, :, None] == hash_AK[:, None, :]) & (
-                num_tokens_AK[:, :, None] == num_tokens_AK[:, None, :]
-            )
-            repeats_AK = (same_AKK & earlier_KK).any(dim=-1)
-            # The test costs less than the merge, which few frames need.
-            if repeats_AK.any():
-                # topk sorts, so the copy that stays, the first, is the likeliest: its frames
-                # are the ones reported.
-                total_AK = log_prob_AK[:, None].masked_fill(~same_AKK, float("-inf"))
-                log_prob_AK = total_AK.logsumexp(-1).masked_fill(repeats_AK, float("-inf"))
-
-            emitting = emits_AK.nonzero(as_tuple=True)
-            if emitting[0].numel() > 0:
-                shifted = torch.cat([context_AKU[emitting][:, 1:], token_AK[emitting][:, None]], 1)
-                context_AKU[emitting] = shifted
-                predictor_AKJ[emitting] = self._predict(shifted)
-
-            context_BKU[:A], predictor_BKJ[:A] = context_AKU, predictor_AKJ
-            log_prob_BK[:A], hash_BK[:A] = log_prob_AK, hash_AK
-            num_tokens_BK[:A] = num_tokens_AK
-            source_TBK[t, :A], token_TBK[t, :A] = source_AK, token_AK
+        # Runs of frames at which the same streams are active: their state is copied once a run.
+        first = 0
+        while first < T:
+            A = active_T[first]
+            last = first
+            while last < T and active_T[last] == A:
+                last += 1
+            beams = (log_prob_BK[:A], state_BKS[:A], predictor_BKJ[:A])
+            sources, tokens = [], []
+            for t in range(first, last):
+                beams, source_AK, token_AK = self._frame(encoder_TBJ[t, :A], *beams)
+                sources.append(source_AK)
+                tokens.append(token_AK)
+            log_prob_BK[:A], state_BKS[:A], predictor_BKJ[:A] = beams
+            source_TBK[first:last, :A] = torch.stack(sources)
+            token_TBK[first:last, :A] = torch.stack(tokens)
+            first = last
 
         inverse_B = order_B.argsort()
-        self.context_BKU, self.predictor_BKJ = context_BKU[inverse_B], predictor_BKJ[inverse_B]
-        self.log_prob_BK, self.hash_BK = log_prob_BK[inverse_B], hash_BK[inverse_B]
-        self.num_tokens_BK = num_tokens_BK[inverse_B]
+        self.state_BKS, self.predictor_BKJ = state_BKS[inverse_B], predictor_BKJ[inverse_B]
+        self.log_prob_BK = log_prob_BK[inverse_B]
+        source_TBK, token_TBK = source_TBK[:, inverse_B], token_TBK[:, inverse_B]
         self.history.append(
-            (self.frames_seen_B, source_TBK[:, inverse_B].cpu(), token_TBK[:, inverse_B].cpu())
+            (self.frames_seen_B.numpy(), source_TBK.cpu().numpy(), token_TBK.cpu().numpy())
         )
+
+    def _frame(
+        self, encoder_AJ: Tensor, log_prob_AK: Tensor, state_AKS: Tensor, predictor_AKJ: Tensor
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+        """One frame of A streams.
+
+        Returns the beams after it (log probabilities, states, predictor outputs), the place that
+        each hypothesis came from, and the token that it added.
+        """
+        A, K, U = *log_prob_AK.shape, self.context_size
+        log_probs_AKV = self._log_probs(encoder_AJ[:, None], predictor_AKJ)
+        V = log_probs_AKV.size(-1)
+        if self.hash_value_V is None:
+            self.hash_value_V = self._values(V, log_probs_AKV.device)
+        log_probs_AKV += log_prob_AK[:, :, None]
+        log_prob_AK, index_AK = log_probs_AKV.view(A, K * V).topk(K, dim=-1)
+        source_AK = index_AK // V
+        token_AK = index_AK - source_AK * V
+        row_N = (source_AK + self.first_row_B1[:A]).view(-1)
+        state_NS = state_AKS.reshape(A * K, -1).index_select(0, row_N)
+        predictor_NJ = predictor_AKJ.reshape(A * K, -1).index_select(0, row_N)
+
+        # E: places whose hypothesis has grown. Without any, no two can have become the same.
+        row_E = (token_AK.view(-1) != self.blank).nonzero()[:, 0]
+        if row_E.numel() > 0:
+            log_prob_AK = self._grow(row_E, token_AK, log_prob_AK, state_NS, predictor_NJ)
+        beams = (log_prob_AK, state_NS.view(A, K, U + 2), predictor_NJ.view(A, K, -1))
+        return beams, source_AK, token_AK
+
+    def _grow(
+        self,
+        row_E: Tensor,
+        token_AK: Tensor,
+        log_prob_AK: Tensor,
+        state_NS: Tensor,
+        predictor_NJ: Tensor,
+    ) -> Tensor:
+        """Append the new tokens, in place; returns the log probabilities with copies merged."""
+        (A, K), U = token_AK.shape, self.context_size
+        # index_select and index_copy_ rather than brackets: half the time at these sizes.
+        token_E = token_AK.view(-1).index_select(0, row_E)
+        grown_ES = state_NS.index_select(0, row_E)
+        grown_ES[:, : U - 1] = grown_ES[:, 1:U].clone()
+        grown_ES[:, U - 1] = token_E
+        value_E = self.hash_value_V.index_select(0, token_E)
+        grown_ES[:, U].mul_(_HASH_MULTIPLIER).add_(value_E)
+        grown_ES[:, U + 1] += 1
+        state_NS.index_copy_(0, row_E, grown_ES)
+        predictor_NJ.index_copy_(0, row_E, self._predict(grown_ES[:, :U]))
+
+        hash_AK = state_NS[:, U].view(A, K)
+        same_AKK = hash_AK[:, :, None] == hash_AK[:, None, :]
+        repeats_AKK = same_AKK & self.earlier_KK
+        # The test costs less than the merge, which few frames need.
+        if repeats_AKK.any():
+            # topk sorts, so the copy that stays, the first, is the likeliest: its frames are
+            # the ones reported.
+            total_AK = log_prob_AK[:, None].masked_fill(~same_AKK, float("-inf")).logsumexp(-1)
+            log_prob_AK = total_AK.masked_fill(repeats_AKK.any(dim=-1), float("-inf"))
+        return log_prob_AK
 
     def partial(self) -> list[Hypothesis]:
         if self.batch_size is None:
             return []
-        normalized_BK = self.log_prob_BK / (self.num_tokens_BK + self.context_size)
+        num_tokens_BK = self.state_BKS[:, :, -1]
+        normalized_BK = self.log_prob_BK / (num_tokens_BK + self.context_size)
         place_B = normalized_BK.argmax(dim=1)
         log_probs = self.log_prob_BK.gather(1, place_B[:, None])[:, 0].tolist()
 
-        place_B, streams_B = place_B.cpu(), torch.arange(self.batch_size)
+        # numpy: the same small look-ups cost torch several times as much.
+        place_B, streams_B = place_B.cpu().numpy(), np.arange(self.batch_size)
         hypotheses = [Hypothesis(log_prob=log_prob) for log_prob in log_probs]
         for frames_seen_B, source_TBK, token_TBK in reversed(self.history):
-            token_TB = torch.empty(token_TBK.shape[:2], dtype=torch.int64)
-            for t in range(token_TBK.size(0) - 1, -1, -1):
+            token_TB = np.empty(token_TBK.shape[:2], dtype=np.int64)
+            for t in range(len(token_TBK) - 1, -1, -1):
                 token_TB[t] = token_TBK[t, streams_B, place_B]
                 place_B = source_TBK[t, streams_B, place_B]
-            for t, b in (token_TB != self.blank).nonzero().flip(0).tolist():
-                hypotheses[b].tokens.append(int(token_TB[t, b]))
-                hypotheses[b].frames.append(int(frames_seen_B[b]) + t)
+            t_E, b_E = (token_TB[::-1] != self.blank).nonzero()
+            t_E = len(token_TB) - 1 - t_E
+            frames_E = frames_seen_B[b_E] + t_E
+            for b, token, frame in zip(*_lists(b_E, token_TB[t_E, b_E], frames_E)):
+                hypotheses[b].tokens.append(token)
+                hypotheses[b].frames.append(frame)
         for hypothesis in hypotheses:
             hypothesis.tokens.reverse()
             hypothesis.frames.reverse()

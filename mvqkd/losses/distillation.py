@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -30,6 +30,8 @@ from mvqkd.losses.codebook import JointCodebookLoss
 from mvqkd.quantizer import Quantizer
 
 Kind = Literal["none", "mvq", "mvq-joint", "mvq-l1", "mvq-l2", "l1", "l2"]
+# The other kinds regress.
+PREDICTS_INDEXES = ("mvq", "mvq-joint")
 
 
 @dataclass
@@ -44,8 +46,11 @@ class TermSettings:
     # The cuts' field that holds the labels; None: codebook_indexes, and of l1 and l2 embeddings.
     field: str | None = None
     # The quantizer that made the labels. Of l1 and l2: one that knows the mean and deviation of
-    # the embeddings; where none does, they are taken over some of the training set.
+    # the embeddings; where none does, they are taken over some of the training set. ``mvq`` and
+    # ``mvq-joint`` do without one, on stored labels that others have made.
     quantizer: Path | None = None
+    # Entries of the codebooks of a quantizer that is not known.
+    codebook_size: int = 256
     # Run the teacher inside the training step instead of reading labels.
     in_loop: bool = False
     # The teacher, and of l1 and l2 its layer, from 1; None: the quantizer's (or the labels').
@@ -55,8 +60,9 @@ class TermSettings:
     revision: str | None = None
     # Rounds of refinement of indexes that are made in the loop.
     refine_iters: int = 5
-    # Seconds from the start of the audio to the centre of the teacher's first frame, for stored
-    # labels of another teacher than the quantizer's.
+    # Seconds from the start of the audio to the centre of the teacher's first frame, of stored
+    # labels; None: as the quantizer says of its teacher. Where it says nothing, or none is known,
+    # indexes are taken to be of HuBERT (0.0125), and embeddings need it here.
     frame_offset: float | None = None
     # Teacher frames by which a student frame's partners are moved; 0 as published.
     pairing_shift: int = 0
@@ -80,6 +86,7 @@ class MoreSettings:
     layer: int | None = None
     field: str | None = None
     quantizer: Path | None = None
+    codebook_size: int | None = None
     in_loop: bool | None = None
     teacher: str | None = None
     teacher_layer: int | None = None
@@ -121,6 +128,13 @@ class DistillationSettings(TermSettings):
     def layers(self) -> list[int]:
         """The student's layers that the terms are on, in order."""
         return sorted({term.layer for term in self.terms()})
+
+
+class Codebooks(NamedTuple):
+    """Sizes of a quantizer of which nothing else is known."""
+
+    num_codebooks: int
+    codebook_size: int
 
 
 @dataclass
@@ -245,7 +259,7 @@ class Term:
     Args:
       settings: with all of its values.
       channels: C.
-      quantizer: of the kinds that learn from indexes.
+      quantizer: of the kinds that learn from indexes; its sizes are enough to predict them.
       mean_D, std_D: of the kinds that regress, over some of the teacher's embeddings.
     """
 
@@ -256,12 +270,12 @@ class Term:
         settings: TermSettings,
         channels: int,
         pairing: Pairing,
-        quantizer: Quantizer | None = None,
+        quantizer: Quantizer | Codebooks | None = None,
         mean_D: torch.Tensor | None = None,
         std_D: torch.Tensor | None = None,
     ) -> None:
         self.settings, self._pairing = settings, pairing
-        if settings.kind in ("mvq", "mvq-joint"):
+        if settings.kind in PREDICTS_INDEXES:
             self.head = JointCodebookLoss(
                 channels,
                 pairing.group_size * quantizer.num_codebooks,

@@ -43,10 +43,11 @@ def diagnose(
       name, describe: of the frames, for messages, as in `check_frames`.
     Returns:
       plain JSON values: ``num_frames``; ``rrl`` by rounds (keys are strings): sum of (x - x̂)²
-      over sum of (x - mean)²; per codebook ``entropy_bits`` of its indexes and ``dead_entries``,
-      never chosen; ``entropy_bits_max``; ``correlation``, (N, N), how much two codebooks share
-      a subspace; ``index_mutual_information_bits``, (N, N), what one codebook's index tells of
-      another's (biased upwards by about (K-1)²/(2F ln 2) bits).
+      over sum of (x - mean)²; ``index_counts``, (N, K), how often each entry was chosen; per
+      codebook ``entropy_bits`` of its indexes and ``dead_entries``, never chosen;
+      ``entropy_bits_max``; ``correlation``, (N, N), how much two codebooks share a subspace;
+      ``index_mutual_information_bits``, (N, N), what one codebook's index tells of another's
+      (biased upwards by about (K-1)²/(2F ln 2) bits).
     Raises:
       RecipeError: as ``check_frames``.
     """
@@ -76,6 +77,7 @@ def diagnose(
         "num_codebooks": quantizer.num_codebooks,
         "codebook_size": K,
         "rrl": {str(r): error / max(total, 1e-30) for r, error in zip(rounds, errors)},
+        "index_counts": counts_NK.tolist(),
         "entropy_bits": _entropy_bits(counts_NK).tolist(),
         "entropy_bits_max": math.log2(K),
         "dead_entries": (counts_NK == 0).sum(dim=1).tolist(),

@@ -83,7 +83,7 @@ def study(
         sample(number, embeddings)
         for size in sizes:
             own = dataclasses.replace(settings, num_codebooks=size)
-            rrl = _unseen_rrl(embeddings, own, device)
+            rrl = unseen_rrl(embeddings, own, device)
             kept = 1.0 - rrl[max(rrl, key=int)]
             logging.info(f"layer {number}, N = {size}: {100 * kept:.1f}% of the variance kept")
             entry = {"layer": number, "num_codebooks": size, "rrl": rrl, "variance_kept": kept}
@@ -107,7 +107,8 @@ def _go_on(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _unseen_rrl(path: Path, settings: QuantizerSettings, device: torch.device) -> dict[str, float]:
+def unseen_rrl(path: Path, settings: QuantizerSettings, device: torch.device) -> dict[str, float]:
+    """By rounds of refinement, that of a quantizer trained on what `sample_embeddings` wrote."""
     with open_sample(path) as (train, unseen, _):
         statistics = frame_statistics(train.frames, train.name, train.describe)
         quantizer = train_quantizer(

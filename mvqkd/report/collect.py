@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mvqkd.data.labels import ORIGIN_FIELD, in_words
 from mvqkd.data.manifests import read_cuts
 from mvqkd.decoding.scoring import paired_difference, wer_interval
 from mvqkd.files import require
@@ -31,6 +32,29 @@ def read_log(exp_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_decoded(exp_dir: Path) -> dict[str, Any]:
+    """What stage 7 left of a student: its setting, and the words of each test set."""
+    return json.loads(require(exp_dir / "decoded.json", "run stage 7").read_text())
+
+
+def read_diagnostics(exp_dir: Path, labels: str) -> dict[str, Any]:
+    """Of the quantizer of a set of labels."""
+    path = exp_dir / "quantizer" / labels / "diagnostics.json"
+    return json.loads(require(path, "run stage 4").read_text())
+
+
+def embedding_bytes_per_hour(exp_dir: Path, labels: str) -> float | None:
+    """What the teacher's embeddings would take as float32, were they stored instead of indexes.
+
+    None where the quantizer does not say what it was trained on.
+    """
+    path = exp_dir / "quantizer" / labels / "quantizer.pt.json"
+    meta = json.loads(path.read_text()) if path.exists() else {}
+    if not meta.get("dim") or not meta.get("frame_shift"):
+        return None
+    return 4 * meta["dim"] * 3600 / meta["frame_shift"]
+
+
 def label_bytes_per_hour(labels_dir: Path) -> float:
     """Bytes on disk of the label arrays for an hour of speech."""
     cuts = read_cuts(labels_dir / "train.jsonl.gz")
@@ -43,9 +67,17 @@ def _stamp(exp_dir: Path, step: str) -> str:
 
 
 def collect_results(
-    exp_dir: Path, data_dir: Path, labels: str, students: list[str], command: str
+    exp_dir: Path,
+    data_dir: Path,
+    labels: str,
+    students: list[str],
+    command: str,
+    published: bool = False,
 ) -> tuple[list[StudentResult], dict[str, dict[str, Any]]]:
     """Rows of the table, and the other sections of results.json.
+
+    Args:
+      published: the labels are others', and have no teacher or quantizer here.
 
     Raises:
       RecipeError: a student has not been trained or decoded.
@@ -54,7 +86,7 @@ def collect_results(
     for student in students:
         folder = exp_dir / student
         settings = json.loads(require(folder / "settings.json", "run stage 6").read_text())
-        decoded[student] = json.loads(require(folder / "decoded.json", "run stage 7").read_text())
+        decoded[student] = read_decoded(folder)
         kind, has_labels = kind_of(settings["distillation"])
         log = read_log(folder)
         test_sets = {}
@@ -87,9 +119,28 @@ def collect_results(
             )
         )
     rows = [_compared(rows, row, students, decoded) for row in rows]
+    if published:
+        return rows, {"labels": _published_section(exp_dir, data_dir, labels, command)}
+    return rows, _teacher_sections(exp_dir, labels, command)
+
+
+def _published_section(exp_dir: Path, data_dir: Path, labels: str, command: str) -> dict[str, Any]:
+    first = next(iter(read_cuts(data_dir / "labels" / labels / "train.jsonl.gz")))
+    return {
+        "made_by": in_words(first.custom[ORIGIN_FIELD]),
+        "origin": {
+            "command": command,
+            "conf_hash": _stamp(exp_dir, f"labels-{labels}")[:12],
+            "device": None,  # nothing is computed
+            "seed": None,
+        },
+    }
+
+
+def _teacher_sections(exp_dir: Path, labels: str, command: str) -> dict[str, dict[str, Any]]:
     teacher = json.loads((exp_dir / "teacher-wer" / "wer.json").read_text())
-    diagnostics = json.loads((exp_dir / "quantizer" / labels / "diagnostics.json").read_text())
-    other = {
+    diagnostics = read_diagnostics(exp_dir, labels)
+    return {
         "teacher": {
             "wer": teacher["wer"],
             "origin": {
@@ -110,7 +161,6 @@ def collect_results(
             },
         },
     }
-    return rows, other
 
 
 def kind_of(distillation: dict[str, Any]) -> tuple[str, bool]:

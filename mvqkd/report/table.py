@@ -129,7 +129,9 @@ def format_seconds(seconds: float | None) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def _cells(rows: Sequence[StudentResult], test_sets: Sequence[str], named: bool) -> list[list[str]]:
+def table_cells(
+    rows: Sequence[StudentResult], test_sets: Sequence[str], named: bool
+) -> list[list[str]]:
     """The header and one line a row; ``named`` puts the test set into its columns' names."""
     published = [s for s in test_sets if any(s in row.paper for row in rows)]
     header = ["student", "distillation", "streaming", "epochs"]
@@ -177,12 +179,15 @@ def wer_table(
     """
     test_sets = all_test_sets(rows)
     if style == "markdown":
-        lines = _aligned(_cells(rows, test_sets, named=True), "| ", " | ", " |")
+        lines = _aligned(table_cells(rows, test_sets, named=True), "| ", " | ", " |")
     else:
         lines = []
         for test_set in test_sets:
             decoded = [row for row in rows if test_set in row.test_sets]
-            lines += [test_set, *_aligned(_cells(decoded, [test_set], named=False), "", "  ", "")]
+            lines += [
+                test_set,
+                *_aligned(table_cells(decoded, [test_set], named=False), "", "  ", ""),
+            ]
             lines += [""]
         lines = lines[:-1]
     sources = list(dict.fromkeys(r.paper_source for r in rows if r.paper and r.paper_source))

@@ -16,6 +16,7 @@ from mvqkd.data.labels import (
     LabelKind,
     Origin,
     check_origin,
+    common_facts,
     compute_labels,
     labelled_part,
     load_labels,
@@ -23,6 +24,8 @@ from mvqkd.data.labels import (
 )
 from mvqkd.errors import RecipeError
 from mvqkd.losses.distillation import (
+    PREDICTS_INDEXES,
+    Codebooks,
     Distillation,
     DistillationSettings,
     Pairing,
@@ -39,6 +42,9 @@ if TYPE_CHECKING:
 
 # Utterances of the training set, spread over it, whose embeddings give mean and deviation.
 _STATISTICS_UTTERANCES = 100
+# Centre of the first frame (s) of indexes whose quantizer does not say: those that others have
+# published are HuBERT's.
+_HUBERT_OFFSET = 0.0125
 
 
 def build_distillation(
@@ -78,13 +84,15 @@ class _Sources:
         if term.quantizer is not None:
             quantizer, meta = load_quantizer(term.quantizer)
         elif term.on_indexes():
-            raise RecipeError(f"distillation.quantizer: kind {term.kind} needs one; name its file")
+            quantizer = self._unknown_quantizer(term)
         if term.in_loop:
             kind = self._kind(term, quantizer, meta)
             term.field, origin = kind.field, kind.origin
             shift, offset = kind.teacher.frame_shift, kind.teacher.frame_offset
         else:
-            origin = self._checked_origin(term, meta)
+            origin = None
+            if not isinstance(quantizer, Codebooks):  # whose labels have been checked
+                origin = self._checked_origin(term, meta)
             part, _ = labelled_part(self._cuts[0], term.field)
             shift = part.custom[term.field].frame_shift
             offset = _stored_offset(term, meta, origin)
@@ -92,9 +100,21 @@ class _Sources:
             encoder.frame_shift, encoder.frame_offset, shift, offset, term.pairing_shift
         )
         mean_D = std_D = None
-        if term.kind not in ("mvq", "mvq-joint"):
+        if term.kind not in PREDICTS_INDEXES:
             mean_D, std_D = self._statistics(term, meta, origin)
         return Term(term, encoder.settings.d_model, pairing, quantizer, mean_D, std_D)
+
+    def _unknown_quantizer(self, term: TermSettings) -> Codebooks:
+        """What stored indexes that others have made tell of their quantizer."""
+        if term.in_loop:
+            raise RecipeError(f"distillation.quantizer: kind {term.kind} needs one; name its file")
+        if term.kind not in PREDICTS_INDEXES:
+            raise RecipeError(
+                f"distillation.quantizer: kind {term.kind} regresses on what the quantizer "
+                "decodes; name its file, or take kind mvq"
+            )
+        num_codebooks, _ = common_facts(self._cuts, term.accept_unknown_origin, term.field)
+        return Codebooks(num_codebooks, term.codebook_size)
 
     def _checked_origin(self, term: TermSettings, meta: dict[str, Any]) -> Origin:
         """That of a term's stored labels, which all cuts have."""
@@ -186,11 +206,13 @@ def _quantizer_origin(meta: dict[str, Any]) -> Origin:
     return Origin.of(known)
 
 
-def _stored_offset(term: TermSettings, meta: dict[str, Any], origin: Origin) -> float:
+def _stored_offset(term: TermSettings, meta: dict[str, Any], origin: Origin | None) -> float:
     if term.frame_offset is not None:
         return term.frame_offset
     if "frame_offset" in meta and (term.on_indexes() or meta["teacher"] == origin.teacher):
         return meta["frame_offset"]
+    if term.on_indexes():
+        return _HUBERT_OFFSET
     raise RecipeError(
         f"distillation: nothing says when the first frame of {term.field} is; give frame_offset, "
         "the seconds to its centre (0.0125 for HuBERT, WavLM and wav2vec 2.0, 0 for Whisper)"

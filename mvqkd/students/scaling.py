@@ -45,14 +45,26 @@ def _init_scaled(module: nn.Module, initial_scale: float, initial_speed: float) 
             module.register_parameter("bias_scale", None)
 
 
-class _Scaled:
+class _Foldable:
+    """Mix-in: scales that `fold_scales` has multiplied into what they scale need not be again."""
+
+    is_folded = False
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.is_folded = False
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class _Scaled(_Foldable):
     """Mix-in: the weight and bias in use, of a module with ``weight_scale`` and ``bias_scale``."""
 
     def scaled_weight(self) -> Tensor:
-        return self.weight * self.weight_scale.exp()
+        return self.weight if self.is_folded else self.weight * self.weight_scale.exp()
 
     def scaled_bias(self) -> Tensor | None:
-        return None if self.bias is None else self.bias * self.bias_scale.exp()
+        if self.bias is None or self.is_folded:
+            return self.bias
+        return self.bias * self.bias_scale.exp()
 
 
 class ScaledLinear(_Scaled, nn.Linear):
@@ -100,7 +112,7 @@ class ScaledConv2d(_Scaled, nn.Conv2d):
         return self._conv_forward(x_BCTF, self.scaled_weight(), self.scaled_bias())
 
 
-class ScaledEmbedding(nn.Module):
+class ScaledEmbedding(_Foldable, nn.Module):
     """``nn.Embedding`` whose rows are multiplied by ``exp(scale)``.
 
     The rows start normal with standard deviation 0.1 and the scale at log 10. Blank has a row
@@ -116,7 +128,35 @@ class ScaledEmbedding(nn.Module):
 
     def forward(self, indexes: Tensor) -> Tensor:
         """int64 indexes of any shape -> the same shape with ``embedding_dim`` appended."""
-        return F.embedding(indexes, self.weight) * self.scale.exp()
+        x = F.embedding(indexes, self.weight)
+        return x if self.is_folded else x * self.scale.exp()
+
+
+@torch.no_grad()
+def fold_scales(model: nn.Module) -> nn.Module:
+    """Multiply the learned scales into the weights of all layers of ``model``, in place.
+
+    The outputs stay the same bits. For a model that is only used: short calls (a chunk of a
+    stream, a frame of a search) spend more on scaling weights than on using them. The scales
+    become 0, so that the weights are still those of such a model; loading others undoes it.
+    Training must not go on: the scales are no longer looked at.
+
+    Returns:
+      ``model``.
+    """
+    for module in model.modules():
+        if not isinstance(module, _Foldable) or module.is_folded:
+            continue
+        if isinstance(module, ScaledEmbedding):
+            pairs = [(module.weight, module.scale)]
+        else:
+            pairs = [(module.weight, module.weight_scale), (module.bias, module.bias_scale)]
+        for values, scale in pairs:
+            if values is not None:
+                values.mul_(scale.exp())
+                scale.zero_()
+        module.is_folded = True
+    return model
 
 
 class BasicNorm(nn.Module):

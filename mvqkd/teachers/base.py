@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -58,10 +58,10 @@ class Teacher(nn.Module):
         inside_BL = torch.arange(waveforms_BL.shape[1], device=waveforms_BL.device)
         return waveforms_BL.masked_fill(inside_BL[None] >= lengths_B[:, None], 0)
 
-    def _layer(
-        self, prepared_BL: torch.Tensor, lengths_B: torch.Tensor, layer: int
-    ) -> torch.Tensor:
-        """Output (B, T, D) of ``layer`` for utterances of at most ``window_frames``."""
+    def _layers(
+        self, prepared_BL: torch.Tensor, lengths_B: torch.Tensor, layers: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Output (B, T, D) of each of ``layers``, for utterances of at most ``window_frames``."""
         raise NotImplementedError
 
     @torch.inference_mode()
@@ -81,7 +81,20 @@ class Teacher(nn.Module):
         Raises:
           RecipeError: no such layer, or an utterance too short for one frame.
         """
-        self.check_layer(layer)
+        (embeddings_BTD,), frames_B = self.embed_layers(waveforms_BL, lengths_B, [layer])
+        return embeddings_BTD, frames_B
+
+    @torch.inference_mode()
+    def embed_layers(
+        self, waveforms_BL: torch.Tensor, lengths_B: torch.Tensor, layers: Sequence[int]
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """As `embed`, for several layers in one pass.
+
+        Returns:
+          (embeddings_BTD of each of ``layers``, lengths_B in frames)
+        """
+        for layer in layers:
+            self.check_layer(layer)
         frames = [self.num_frames(int(n)) for n in lengths_B]
         if min(frames) < 1:
             raise RecipeError(
@@ -90,13 +103,13 @@ class Teacher(nn.Module):
             )
         prepared_BL = self._prepared(waveforms_BL, lengths_B)
         if max(frames) <= self.window_frames:
-            embeddings_BTD = self._layer(prepared_BL, lengths_B, layer)
+            embeddings = self._layers(prepared_BL, lengths_B, layers)
         else:
-            embeddings_BTD = nn.utils.rnn.pad_sequence(
-                [self._in_windows(x_L[:n], layer) for x_L, n in zip(prepared_BL, lengths_B)],
-                batch_first=True,
-            )
-        return embeddings_BTD, torch.tensor(frames, device=embeddings_BTD.device)
+            alone = [self._in_windows(x_L[:n], layers) for x_L, n in zip(prepared_BL, lengths_B)]
+            embeddings = [
+                nn.utils.rnn.pad_sequence(of_layer, batch_first=True) for of_layer in zip(*alone)
+            ]
+        return embeddings, torch.tensor(frames, device=embeddings[0].device)
 
     def check_layer(self, layer: int) -> None:
         """
@@ -106,23 +119,23 @@ class Teacher(nn.Module):
         if not 1 <= layer <= self.num_layers:
             raise RecipeError(f"teacher {self.name}: layer {layer} is not in 1..{self.num_layers}")
 
-    def _in_windows(self, prepared_L: torch.Tensor, layer: int) -> torch.Tensor:
-        """Output (T, D) of ``layer``, a window after the other."""
+    def _in_windows(self, prepared_L: torch.Tensor, layers: Sequence[int]) -> list[torch.Tensor]:
+        """Output (T, D) of each of ``layers``, a window after the other."""
         num_frames, pieces, first = self.num_frames(len(prepared_L)), [], 0
         window_samples = (self.window_frames - 1) * self.stride + self.receptive_field
         while True:
             samples_L = prepared_L[first * self.stride :][:window_samples]
             length_1 = torch.tensor([len(samples_L)], device=samples_L.device)
-            frames_TD = self._layer(samples_L[None], length_1, layer)[0]
-            frames_TD = frames_TD[: self.num_frames(len(samples_L))]
             is_last = first + self.window_frames >= num_frames
+            end = self.num_frames(len(samples_L))
+            kept = slice(
+                self.margin_frames if first else 0, end - (0 if is_last else self.margin_frames)
+            )
             pieces.append(
-                frames_TD[
-                    self.margin_frames if first else 0 : None if is_last else -self.margin_frames
-                ]
+                [x_1TD[0, kept] for x_1TD in self._layers(samples_L[None], length_1, layers)]
             )
             if is_last:
-                return torch.cat(pieces)
+                return [torch.cat(of_layer) for of_layer in zip(*pieces)]
             first += self.window_frames - 2 * self.margin_frames
 
     def transcribe(self, waveforms_BL: torch.Tensor, lengths_B: torch.Tensor) -> list[str]:
@@ -135,7 +148,7 @@ class Teacher(nn.Module):
 
 
 @contextlib.contextmanager
-def kept_layers(encoder: nn.Module, layers: list[int]) -> Iterator[dict[int, torch.Tensor]]:
+def kept_layers(encoder: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
     """Within, ``encoder`` ends at the highest of ``layers`` (from 1) and the outputs of those
     that are run gather in the table that this gives; all of it is run where none is named."""
     all_layers, outputs = encoder.layers, {}

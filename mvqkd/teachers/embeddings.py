@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
+import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,11 +41,24 @@ def sample_embeddings(
     settings: SampleSettings,
     device: torch.device,
 ) -> None:
-    """Write ``out`` (HDF5): float32 (F, D) data sets ``train`` and ``unseen``, each from whole
-    utterances, what utterance begins where (``train-utterances``, ``train-starts`` ...), and
-    attributes ``teacher``, ``layer``, ``frame_shift``, ``frame_offset``.
+    """`sample_layers` of one layer."""
+    sample_layers(cuts, teacher, {layer: out}, settings, device)
 
-    No more than a batch is held in memory. `open_sample` reads the file.
+
+def sample_layers(
+    cuts: CutSet,
+    teacher: Teacher,
+    outs: Mapping[int, Path],
+    settings: SampleSettings,
+    device: torch.device,
+) -> None:
+    """Write, for each layer in ``outs``, its path (HDF5): float32 (F, D) data sets ``train`` and
+    ``unseen``, each from whole utterances, what utterance begins where (``train-utterances``,
+    ``train-starts`` ...), and attributes ``teacher``, ``layer``, ``frame_shift``,
+    ``frame_offset``.
+
+    The speech goes through the teacher once, and no more than a batch is held in memory.
+    `open_sample` reads the files.
 
     Raises:
       RecipeError: fewer than two utterances.
@@ -59,41 +73,52 @@ def sample_embeddings(
             "to measure on; raise it, or give more speech"
         )
     started, done = time.monotonic(), 0.0
-    with written_aside(out) as aside, h5py.File(aside, "w") as file:
+    with contextlib.ExitStack() as stack:
+        files = {
+            layer: stack.enter_context(h5py.File(stack.enter_context(written_aside(out)), "w"))
+            for layer, out in outs.items()
+        }
         for name, part in (("unseen", chosen[:num_unseen]), ("train", chosen[num_unseen:])):
-            frames = file.create_dataset(
-                name,
-                (0, teacher.dim),
-                np.float32,
-                maxshape=(None, teacher.dim),
-                chunks=(64, teacher.dim),
-            )
-            utterances, starts = [], []
+            for file in files.values():
+                file.create_dataset(
+                    name,
+                    (0, teacher.dim),
+                    np.float32,
+                    maxshape=(None, teacher.dim),
+                    chunks=(64, teacher.dim),
+                )
+            utterances, starts, end = [], [], 0
             batches = bucketed_batches(CutSet.from_cuts(part), settings.max_duration, 0, 0)
             for batch_cuts in batches:
                 batch = collate_audio(batch_cuts)
-                embeddings_BTD, frames_B = teacher.embed(
-                    batch.waveforms_BL.to(device), batch.lengths_B.to(device), layer
+                embeddings, frames_B = teacher.embed_layers(
+                    batch.waveforms_BL.to(device), batch.lengths_B.to(device), list(files)
                 )
                 frames_B = frames_B.tolist()
-                end = len(frames)
-                frames.resize(end + sum(frames_B), axis=0)
-                for cut, embeddings_TD, count in zip(batch_cuts, embeddings_BTD, frames_B):
-                    frames[end : end + count] = embeddings_TD[:count].float().cpu().numpy()
-                    utterances.append(cut.id)
-                    starts.append(end)
-                    end += count
+                utterances += [cut.id for cut in batch_cuts]
+                starts += [end + before for before in itertools.accumulate([0, *frames_B[:-1]])]
+                for file, embeddings_BTD in zip(files.values(), embeddings):
+                    frames = file[name]
+                    frames.resize(end + sum(frames_B), axis=0)
+                    # An utterance at a time: together they could be too much to copy.
+                    for start, embeddings_TD, count in zip(
+                        starts[-len(frames_B) :], embeddings_BTD, frames_B
+                    ):
+                        frames[start : start + count] = embeddings_TD[:count].float().cpu().numpy()
+                end += sum(frames_B)
                 done += sum(cut.duration for cut in batch_cuts)
-            file[f"{name}-utterances"] = utterances
-            file[f"{name}-starts"] = starts
+            for file in files.values():
+                file[f"{name}-utterances"] = utterances
+                file[f"{name}-starts"] = starts
             logging.info(
-                f"{name}: {len(part)} utterances, {len(frames)} frames, "
+                f"{name}: {len(part)} utterances, {end} frames, "
                 f"{done / (time.monotonic() - started):.0f} x real time"
             )
-        file.attrs["teacher"] = teacher.name
-        file.attrs["layer"] = layer
-        file.attrs["frame_shift"] = teacher.frame_shift
-        file.attrs["frame_offset"] = teacher.frame_offset
+        for layer, file in files.items():
+            file.attrs["teacher"] = teacher.name
+            file.attrs["layer"] = layer
+            file.attrs["frame_shift"] = teacher.frame_shift
+            file.attrs["frame_offset"] = teacher.frame_offset
 
 
 @dataclass
@@ -103,15 +128,18 @@ class Part:
     Attributes:
       name: of file and part, for messages.
       frames: HDF5 data set, float32 (F, D).
+      utterances, starts: ids, and the numbers of their first frames in the set.
       describe: tells the utterance of a frame's number in the set, and the frame's in it.
     """
 
     name: str
     frames: h5py.Dataset
+    utterances: list[str]
+    starts: list[int]
     describe: Callable[[int], str]
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_sample(path: Path) -> Iterator[tuple[Part, Part, dict]]:
     """What `sample_embeddings` wrote: the parts ``train`` and ``unseen``, and the attributes.
 
@@ -140,11 +168,11 @@ def open_sample(path: Path) -> Iterator[tuple[Part, Part, dict]]:
 
 
 def _part(path: Path, file: h5py.File, name: str) -> Part:
-    utterances = file[f"{name}-utterances"].asstr()[:]
+    utterances = file[f"{name}-utterances"].asstr()[:].tolist()
     starts = file[f"{name}-starts"][:].tolist()
 
     def describe(number: int) -> str:
         place = bisect.bisect_right(starts, number) - 1
         return f"utterance {utterances[place]} frame {number - starts[place]}"
 
-    return Part(f"{path} ({name})", file[name], describe)
+    return Part(f"{path} ({name})", file[name], utterances, starts, describe)

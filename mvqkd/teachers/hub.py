@@ -1,6 +1,7 @@
-"""Teachers from the Hugging Face hub: at a pinned revision, resumed, and checked.
+"""Teachers and labels from the Hugging Face hub: at a pinned revision, resumed, and checked.
 
     fetch("facebook/hubert-large-ls960-ft", "ece5fabbf034c1073acae96d5401b25be96709d8")
+    fetch_files("lab/labels", None, ["train.jsonl.gz"])
 
 The files go to the hub's own cache (``HF_HOME``), in its layout, for all that use it on this
 machine; what is there already is taken without the network. huggingface_hub says what the model
@@ -12,8 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable, Collection
 from fnmatch import fnmatchcase
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import (
@@ -50,27 +53,65 @@ def fetch(name: str, revision: str | None = None) -> Path:
       RecipeError: no such name or revision, the hub cannot be reached, or what it gives is not
         what it says that it has.
     """
+    return _fetch("teacher", name, revision, partial(_of_teacher, name), _is_whole)
+
+
+def fetch_files(name: str, revision: str | None, files: Collection[str]) -> Path:
+    """A folder that holds ``files`` of ``name`` somewhere, downloaded if they are not there.
+
+    Args:
+      revision: a commit, branch or tag; none is the newest.
+      files: without the folders that they may lie in on the hub.
+
+    Raises:
+      RecipeError: as `fetch`, or one of the files is not there.
+    """
+
+    def choose(siblings: list[RepoSibling]) -> list[RepoSibling]:
+        by_name = {PurePosixPath(file.rfilename).name: file for file in siblings}
+        for file in files:
+            if file not in by_name:
+                known = ", ".join(sorted(by_name))
+                raise RecipeError(
+                    f"labels {name}: the hub has no {file} there, but {known}; name another"
+                )
+        return [by_name[file] for file in files]
+
+    def has_all(folder: Path) -> bool:
+        return set(files) <= {path.name for path in folder.rglob("*")}
+
+    return _fetch("labels", name, revision, choose, has_all)
+
+
+def _fetch(
+    what: str,
+    name: str,
+    revision: str | None,
+    choose: Callable[[list[RepoSibling]], list[RepoSibling]],
+    has_all: Callable[[Path], bool],
+) -> Path:
+    """The folder with what ``choose`` takes of what the hub has of ``name``."""
     cache = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
-    if re.fullmatch("[0-9a-f]{40}", revision or "") and _is_whole(cache / "snapshots" / revision):
+    if re.fullmatch("[0-9a-f]{40}", revision or "") and has_all(cache / "snapshots" / revision):
         return cache / "snapshots" / revision
     try:
         model = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=TIMEOUT)
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise RecipeError(
-            f"teacher {name}: no such folder or file, and no model of that name on the hub; check "
+            f"{what} {name}: no such folder or file, and no model of that name on the hub; check "
             f"the name, {REMEDY}"
         ) from error
     except RevisionNotFoundError as error:
         raise RecipeError(
-            f"teacher {name}: the hub has no revision {revision} of it; check the revision"
+            f"{what} {name}: the hub has no revision {revision} of it; check the revision"
         ) from error
     except Exception as error:  # the HTTP client's, the system's, and the hub's own
         raise RecipeError(
-            f"teacher {name}: no such folder or file, and the hub {constants.ENDPOINT} cannot be "
+            f"{what} {name}: no such folder or file, and the hub {constants.ENDPOINT} cannot be "
             f"reached ({reason_of(error)}); check the network, {REMEDY}"
         ) from error
     folder = cache / "snapshots" / model.sha
-    for file in _chosen(name, model.siblings):
+    for file in choose(model.siblings):
         _download(name, model.sha, file, folder / file.rfilename)
     if revision != model.sha:
         # So that the hub's own tools find it under the branch's name.
@@ -79,7 +120,7 @@ def fetch(name: str, revision: str | None = None) -> Path:
     return folder
 
 
-def _chosen(name: str, files: list[RepoSibling]) -> list[RepoSibling]:
+def _of_teacher(name: str, files: list[RepoSibling]) -> list[RepoSibling]:
     """What a teacher needs, weights last: where they are, all is."""
     by_name = {file.rfilename: file for file in files}
     settings = [by_name[file] for file in SETTINGS if file in by_name]

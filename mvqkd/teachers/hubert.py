@@ -18,6 +18,7 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -108,7 +109,7 @@ class HubertTeacher(Teacher):
         self,
         prepared_BL: torch.Tensor,
         lengths_B: torch.Tensor,
-        layers: list[int],
+        layers: Sequence[int],
         mask_inputs: bool,
     ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
         body = self.model.base_model
@@ -141,11 +142,10 @@ class HubertTeacher(Teacher):
         prepared_BL = self._prepared(waveforms_BL, lengths_B)
         return self._encode(prepared_BL, lengths_B, layers, mask_inputs)
 
-    def _layer(
-        self, prepared_BL: torch.Tensor, lengths_B: torch.Tensor, layer: int
-    ) -> torch.Tensor:
-        (embeddings_BTD,), _, _ = self._encode(prepared_BL, lengths_B, [layer], False)
-        return embeddings_BTD
+    def _layers(
+        self, prepared_BL: torch.Tensor, lengths_B: torch.Tensor, layers: Sequence[int]
+    ) -> list[torch.Tensor]:
+        return self._encode(prepared_BL, lengths_B, layers, False)[0]
 
     def ctc_logits(
         self, waveforms_BL: torch.Tensor, lengths_B: torch.Tensor, mask_inputs: bool = False

@@ -12,6 +12,7 @@ Source: Radford et al., "Robust Speech Recognition via Large-Scale Weak Supervis
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -63,17 +64,17 @@ class WhisperTeacher(Teacher):
         """5 of 30 seconds."""
         return self.window_frames // 6
 
-    def _layer(
-        self, prepared_BL: torch.Tensor, lengths_B: torch.Tensor, layer: int
-    ) -> torch.Tensor:
+    def _layers(
+        self, prepared_BL: torch.Tensor, lengths_B: torch.Tensor, layers: Sequence[int]
+    ) -> list[torch.Tensor]:
         waves = [w_L[:n].cpu().numpy() for w_L, n in zip(prepared_BL, lengths_B)]
         mels_BMF = self.extractor(
             waves, sampling_rate=SAMPLE_RATE, return_tensors="pt", device=str(prepared_BL.device)
         )["input_features"]
-        with kept_layers(self.encoder, [layer]) as outputs:
+        with kept_layers(self.encoder, layers) as outputs:
             self.encoder(mels_BMF.to(self.encoder.conv1.weight))
         num_frames = max(self.num_frames(int(n)) for n in lengths_B)
-        return outputs[layer][:, :num_frames]
+        return [outputs[layer][:, :num_frames] for layer in layers]
 
 
 def load_whisper(folder: Path, name: str) -> WhisperTeacher:

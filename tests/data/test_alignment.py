@@ -28,8 +28,9 @@ class ClickTeacher(Teacher):
     name, dim, num_layers, stride, receptive_field = "clicks", 2, 1, 320, 400
     window_frames = 10**6
 
-    def _layer(self, prepared_BL, lengths_B, layer):
-        return prepared_BL.unfold(1, 400, 320).abs().amax(-1)[..., None].expand(-1, -1, 2)
+    def _layers(self, prepared_BL, lengths_B, layers):
+        loudest_BT = prepared_BL.unfold(1, 400, 320).abs().amax(-1)
+        return [loudest_BT[..., None].expand(-1, -1, 2) for _ in layers]
 
 
 class Words:

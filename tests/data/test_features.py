@@ -1,9 +1,13 @@
 """Filterbanks and copies at other speeds."""
 
 import builtins
+import importlib.machinery
+import sys
+import types
 
 import numpy as np
 import pytest
+import torch
 from lhotse import CutSet, Fbank, FbankConfig
 
 from mvqkd.data.datamodule import load_features
@@ -49,17 +53,61 @@ def test_labelled_cuts_are_not_perturbed(labelled_cuts, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_kaldifeat_that_is_not_installed(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [ModuleNotFoundError("No module named 'kaldifeat'"), ImportError("_k.so: undefined symbol: x")],
+)
+def test_kaldifeat_that_does_not_import(plain_cuts, tmp_path, monkeypatch, error):
     find = builtins.__import__
 
     def without(name, *args, **kwargs):
         if name == "kaldifeat":
-            raise ModuleNotFoundError("No module named 'kaldifeat'")
+            raise error
         return find(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(RecipeError, match=r"features\.extractor: .* needs the package kaldifeat"):
-        make_extractor(FeatureSettings(extractor="kaldifeat-fbank"))
+    settings = FeatureSettings(extractor="kaldifeat-fbank")
+    with pytest.raises(
+        RecipeError, match=r"features\.extractor: .* the package kaldifeat"
+    ) as caught:
+        compute_features(plain_cuts, tmp_path / "train.jsonl.gz", False, settings, num_workers=1)
+    version = torch.__version__.split("+")[0]
+    for part in (
+        str(error),
+        "pip install kaldifeat==VERSION -f https://",
+        f"ends in torch{version};",
+    ):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+class KaldifeatStandIn:
+    """Answers as kaldifeat.Fbank does, by lhotse's own filterbank; cannot be pickled."""
+
+    def __init__(self, options):
+        assert (
+            options["frame_opts"]["samp_freq"] == 16000 and not options["frame_opts"]["snip_edges"]
+        )
+        self._fbank = Fbank(FbankConfig(num_mel_bins=options["mel_opts"]["num_bins"]))
+        self._cannot_be_pickled = lambda: None
+
+    def __call__(self, waves, chunk_size):
+        return [self._fbank.extract(wave_L, 16000) for wave_L in waves]
+
+
+def test_kaldifeat_by_conf(plain_cuts, tmp_path, monkeypatch):
+    module = types.ModuleType("kaldifeat")
+    module.__spec__ = importlib.machinery.ModuleSpec("kaldifeat", None)
+    module.Fbank = KaldifeatStandIn
+    module.FbankOptions = types.SimpleNamespace(from_dict=lambda options: options)
+    monkeypatch.setitem(sys.modules, "kaldifeat", module)
+    cuts = CutSet.from_cuts(list(plain_cuts)[:1])
+    settings = FeatureSettings(extractor="kaldifeat-fbank", num_mel_bins=23)
+    assert make_extractor(settings).name == "kaldifeat-fbank"
+    done = compute_features(cuts, tmp_path / "test.jsonl.gz", False, settings, num_workers=1)
+    assert done[0].features.type == "kaldifeat-fbank" and done[0].features.frame_shift == 0.01
+    expected_TF = Fbank(FbankConfig(num_mel_bins=23)).extract(cuts[0].load_audio(), 16000)
+    np.testing.assert_allclose(load_features(done[0]), expected_TF, atol=1e-4)
 
 
 def test_features_that_cannot_be_read(plain_cuts, tmp_path):

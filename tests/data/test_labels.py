@@ -25,6 +25,7 @@ from mvqkd.data.labels import (
     Origin,
     check_origin,
     collate_labels,
+    common_facts,
     dump_labels,
     join_labels,
     load_labels,
@@ -129,6 +130,23 @@ def test_labels_of_unknown_origin_must_be_accepted(own_labels, teacher, quantize
     for check in (lambda: check_origin(cut, origin, True), lambda: load_labels(cut)):
         with pytest.raises(RecipeError, match=f"cut {cut.id}: has no codebook_indexes; run stage"):
             check()
+
+
+def test_what_labels_have_in_common(labelled_cuts, own_labels):
+    assert common_facts(labelled_cuts, accept_unknown_origin=False) == (4, 0.02)
+    cuts = list(own_labels[0])
+    del cuts[1].custom[ORIGIN_FIELD]
+    with pytest.raises(RecipeError, match=f"cut {cuts[1].id}: its labels do not say what made"):
+        common_facts(cuts, accept_unknown_origin=False)
+    with pytest.raises(
+        RecipeError, match=f"cut {cuts[1].id}: its labels .*of unknown origin.* of "
+    ):
+        common_facts(cuts, accept_unknown_origin=True)
+    for cut in cuts:
+        cut.custom.pop(ORIGIN_FIELD, None)
+    assert common_facts(cuts, accept_unknown_origin=True) == (4, 0.02)
+    with pytest.raises(RecipeError, match="has no codebook_indexes; run stage 5"):
+        common_facts([fastcopy(cuts[0], custom=None)], accept_unknown_origin=True)
 
 
 @pytest.mark.parametrize(
@@ -290,6 +308,7 @@ def test_labels_that_cannot_be_matched_are_refused_with_both_ids(labelled_cuts, 
         # The right id of the wrong speech.
         ([renamed(plain, label.id)], [f"{label.id}: the label of this id", "speed 1)", "speed 0."]),
         ([fastcopy(label, custom=None)], [f"{label.id}: has no codebook_indexes"]),
+        ([fastcopy(label, duration=9.5, recording=None)], ["of recording unknown name, 9.500 s"]),
     ):
         with pytest.raises(RecipeError) as caught:
             join_labels(wanted, CutSet.from_cuts(others))
@@ -332,6 +351,20 @@ def test_embeddings_beside_indexes(feature_cuts, teacher, quantizer, origin, tmp
         check_origin(labelled[0], Origin("tiny", 2, dtype, ""), False, "layer1")
 
 
+def test_layers_of_one_teacher_in_one_pass(feature_cuts, teacher, quantizer, origin, tmp_path):
+    cuts = CutSet.from_cuts(list(feature_cuts)[:2])
+    asked, layers = [], type(teacher)._layers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            teacher, "_layers", lambda *args: asked.append(args[2]) or layers(teacher, *args)
+        )
+        together = dump_floats(cuts, tmp_path / "both", teacher, quantizer, origin)
+    assert asked == [[1, 2]]
+    alone = dump(cuts, tmp_path / "one", teacher, quantizer, origin)
+    for both, one in zip(together, alone):
+        np.testing.assert_array_equal(both.load_codebook_indexes(), one.load_codebook_indexes())
+
+
 def test_long_arrays_are_chunked(tmp_path):
     file = ArrayFile(tmp_path / "a", tmp_path / "a")
     embeddings_TD = np.random.default_rng(1).standard_normal((599, 320)).astype(np.float16)
@@ -345,7 +378,8 @@ def test_long_arrays_are_chunked(tmp_path):
 def test_embeddings_that_are_no_float16(feature_cuts, teacher, quantizer, origin, tmp_path):
     kind = Embeddings(teacher, 1, "float16", "layer1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teacher, "_layer", lambda *args: 1e6 * type(teacher)._layer(teacher, *args))
+        layers = type(teacher)._layers
+        patch.setattr(teacher, "_layers", lambda *args: [1e6 * x for x in layers(teacher, *args)])
         with pytest.raises(RecipeError, match="layer1 holds values that are not finite as float16"):
             dump_labels(
                 feature_cuts, tmp_path / "a.jsonl.gz", Dumper([kind], LabelSettings(), CPU), 4

@@ -1,7 +1,11 @@
 """A small transducer with random weights whose searches have something to decide."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import torch
 
+from mvqkd.data.tokens import TokenSettings, load_tokens, train_tokens
 from mvqkd.students.conformer import ConformerSettings
 from mvqkd.students.transducer import BLANK, Transducer, TransducerSettings, build_transducer
 
@@ -14,6 +18,7 @@ def random_transducer(
     causal: bool = True,
     sharpness: float = 6.0,
     blank_logit: float = 1.0,
+    context_size: int = CONTEXT,
 ) -> Transducer:
     """``sharpness`` scales the logits, ``blank_logit`` is added to that of blank.
 
@@ -34,7 +39,7 @@ def random_transducer(
             decoder_dim=8,
             joiner_dim=8,
             vocab_size=vocab_size,
-            context_size=CONTEXT,
+            context_size=context_size,
         )
     )
     output = model.joiner.output_linear
@@ -42,3 +47,17 @@ def random_transducer(
         output.weight *= sharpness
         output.bias[BLANK] += blank_logit / output.bias_scale.exp()
     return model.eval()
+
+
+SENTENCES = [
+    "THE OLD DOCTOR WALKED TO THE HARBOUR ON MONDAY",
+    "PLEASE BRING TWELVE LITTLE TICKETS TO HECTOR",
+    "ANNA LOST THE BROKEN HAMMER AND THE TABLE",
+]
+
+
+def few_tokens(folder: Path):
+    """Word pieces of a few sentences, written to ``folder``."""
+    cuts = [SimpleNamespace(supervisions=[SimpleNamespace(text=text)]) for text in SENTENCES]
+    train_tokens(cuts, folder, TokenSettings(vocab_size=40))
+    return load_tokens(folder)

@@ -24,7 +24,8 @@ def make(vocab_size=7, lens=(19, 12, 1, 0, 25), seed=0, **kwargs):
 @torch.no_grad()
 def log_probs(model, frame_C, tokens):
     """log P(symbol | frame, the last tokens), straight from the modules."""
-    context = ([BLANK] * CONTEXT + list(tokens))[-CONTEXT:]
+    size = model.decoder.context_size
+    context = ([BLANK] * size + list(tokens))[-size:]
     predictor = model.decoder(torch.tensor([context]), need_pad=False)[:, 0]
     joiner = model.joiner
     logits = joiner(
@@ -64,7 +65,9 @@ def reference_beam(model, frames_TC, beam):
                 hyps[tokens] = (math.log(math.exp(first) + math.exp(score)), first_places)
             else:
                 hyps[tokens] = (score, places)
-    tokens, (score, places) = max(hyps.items(), key=lambda h: h[1][0] / (len(h[0]) + CONTEXT))
+    tokens, (score, places) = max(
+        hyps.items(), key=lambda h: h[1][0] / (len(h[0]) + model.decoder.context_size)
+    )
     return list(tokens), list(places), score
 
 
@@ -93,6 +96,22 @@ def test_beam_equals_plain_python(seed, beam):
     expected = [reference_beam(model, x[:n], beam) for x, n in zip(encoder_out_BTC, lens_B)]
     assert sum(len(e[0]) for e in expected) > 4
     check(hypotheses, expected)
+
+
+@pytest.mark.parametrize("context_size", [1, 3])
+@pytest.mark.parametrize("chunk", [5, 25])
+def test_contexts_of_other_sizes_equal_plain_python(context_size, chunk):
+    """In chunks, with utterances that end within them, and a beam that is wider than V."""
+    model, encoder_out_BTC, lens_B = make(seed=9, sharpness=3.0, context_size=context_size)
+    expected = [
+        (reference_greedy(model, x[:n]), reference_beam(model, x[:n], 8))
+        for x, n in zip(encoder_out_BTC, lens_B)
+    ]
+    for kind, search in enumerate((GreedySearch(model), BeamSearch(model, 8))):
+        for start in range(0, encoder_out_BTC.size(1), chunk):
+            part_BTC = encoder_out_BTC[:, start : start + chunk]
+            search.step(part_BTC, (lens_B - start).clamp(0, part_BTC.size(1)))
+        check(search.finish(), [e[kind] for e in expected])
 
 
 def test_a_beam_that_holds_everything_gives_exact_probabilities():

@@ -13,6 +13,7 @@ from mvqkd.data.labels import FIELD, IGNORED, no_label
 from mvqkd.data.time_warp import TimeWarp
 from mvqkd.errors import RecipeError
 from mvqkd.losses.distillation import (
+    Codebooks,
     Distillation,
     DistillationSettings,
     MoreSettings,
@@ -396,3 +397,12 @@ def test_training_logs_the_accuracy_of_each_codebook(parts):
     # The loop divides by the weight.
     logged = [figures[f"accuracy-{n}"] / figures["weight"] for n in range(N)]
     assert logged == pytest.approx(accuracy_N.tolist())
+
+
+def test_indexes_without_their_quantizer():
+    for kind in ("mvq", "mvq-joint"):
+        settings = TermSettings(kind)
+        alone = Term(settings, C, published(), Codebooks(N, K))
+        known = Term(settings, C, published(), Quantizer(D, K, N))
+        shapes = [{n: p.shape for n, p in t.head.named_parameters()} for t in (alone, known)]
+        assert shapes[0] == shapes[1]

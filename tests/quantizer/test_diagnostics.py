@@ -34,6 +34,7 @@ def test_figures_with_a_known_answer(tmp_path):
     expected = 256 * 2 * 0.1**2 / (frames + 0.1).square().sum().item()
     assert found["rrl"] == pytest.approx({"0": expected, "2": expected}, rel=1e-4)
     assert found["entropy_bits"] == pytest.approx([4.0, 4.0])
+    assert found["index_counts"] == [[16] * 16] * 2
     assert found["entropy_bits_max"] == 4.0 and found["dead_entries"] == [0, 0]
     assert found["correlation"][0] == pytest.approx([1.0, 0.0])
     assert found["index_mutual_information_bits"][0] == pytest.approx([4.0, 0.0], abs=1e-9)

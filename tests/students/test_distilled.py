@@ -214,6 +214,31 @@ def test_mean_and_deviation_where_the_quantizer_is_of_another_layer(build, cuts,
     torch.testing.assert_close(same.model.codebook_loss_net.std_D, torch.linspace(0.5, 2, 32))
 
 
+@pytest.mark.parametrize("kind", ["mvq", "mvq-joint"])
+def test_indexes_that_others_have_made_need_no_quantizer(build, cuts, kind):
+    own, batches = build(kind)
+    published, _ = build(kind, quantizer=None, codebook_size=16)
+    published.model.load_state_dict(own.model.state_dict())
+    for batch in batches:
+        assert loss_of(published, batch)[0] == loss_of(own, batch)[0]
+    # The offset of HuBERT's frames, unless the conf knows better.
+    later, _ = build(kind, quantizer=None, codebook_size=16, frame_offset=0.0)
+    pairings = [task._distillation._terms[0]._pairing for task in (own, published, later)]
+    assert [pairing.teacher_offset for pairing in pairings] == [0.0125, 0.0125, 0.0]
+    unknown = [
+        fastcopy(cut, custom={FIELD: cut.custom[FIELD]}) if n == 1 else cut
+        for n, cut in enumerate(cuts)
+    ]
+    for accept, cause in ((False, "do not say what made them"), (True, "of unknown origin")):
+        with pytest.raises(RecipeError, match=f"cut {cuts[1].id}: its labels .*{cause}"):
+            build(
+                kind,
+                cuts=CutSet.from_cuts(unknown),
+                quantizer=None,
+                accept_unknown_origin=accept,
+            )
+
+
 def test_mixed_and_padded_cuts_keep_their_labels(build, cuts, plain_cuts, feature_cuts):
     speech, noise = cuts[0], list(feature_cuts)[6].truncate(duration=0.8).drop_supervisions()
     mixed = [
@@ -246,7 +271,10 @@ def test_settings_that_lack_something_get_their_line(build, cuts, quantizer, tmp
     elsewhere = tmp_path / "other.pt"
     save_quantizer(elsewhere, quantizer, {"teacher": "other", "layer": 2, "frame_offset": 0.0})
     for kind, settings, cause in (
-        ("mvq", {"quantizer": None}, r"distillation\.quantizer: kind mvq needs one"),
+        ("mvq", {"quantizer": None, "in_loop": True}, r"\.quantizer: kind mvq needs one"),
+        ("mvq-l1", {"quantizer": None}, "kind mvq-l1 regresses on what the quantizer decodes"),
+        ("mvq-l2", {"quantizer": None}, "kind mvq-l2 regresses on what the quantizer decodes"),
+        ("mvq", {"quantizer": None, "field": "nothing"}, "has no nothing; run stage 5"),
         ("mvq", {"field": "nothing"}, "has no nothing; run stage 5"),
         ("l2", {"teacher_layer": 3}, "embeddings are float32 of layer 2 of tiny, not .* layer 3"),
         ("l2", {"teacher": "else"}, "float32 of layer 2 of tiny, not float32 of layer 2 of else"),
@@ -262,6 +290,6 @@ def test_settings_that_lack_something_get_their_line(build, cuts, quantizer, tmp
             build(kind, **settings)
         assert "\n" not in str(caught.value)
     # The authors' file tells its indexes by their hash.
-    build("mvq", quantizer=bare, frame_offset=0.0125)
+    build("mvq", quantizer=bare)
     with pytest.raises(RecipeError, match="has no transcript, and no teacher to learn from"):
         next(StudentData(cuts, Words(), DataSettings(100), 1).batches(0))

@@ -16,6 +16,7 @@ from mvqkd.students.scaling import (
     ScaledConv2d,
     ScaledEmbedding,
     ScaledLinear,
+    fold_scales,
 )
 
 
@@ -43,6 +44,31 @@ def test_scaled_layers_multiply_by_exp_of_scale():
     x = torch.randn(2, 3, 9)
     expected = F.conv1d(x, layer.weight * layer.weight_scale.exp(), layer.bias)
     assert torch.allclose(layer(x), expected, atol=1e-6)
+
+
+def test_folded_scales_give_the_same_bits():
+    torch.manual_seed(0)
+    layers = [
+        (ScaledLinear(5, 3), torch.randn(2, 5)),
+        (ScaledLinear(5, 3, bias=False), torch.randn(2, 5)),
+        (ScaledConv1d(5, 3, 2), torch.randn(2, 5, 4)),
+        (ScaledConv2d(5, 3, 2), torch.randn(2, 5, 4, 4)),
+        (ScaledEmbedding(7, 3), torch.arange(7)),
+    ]
+    for layer, x in layers:
+        if getattr(layer, "bias", None) is not None:
+            torch.nn.init.normal_(layer.bias)
+        before, weights = layer(x), {k: v.clone() for k, v in layer.state_dict().items()}
+        assert fold_scales(layer) is layer
+        assert torch.equal(layer(x), before)
+        assert torch.equal(fold_scales(layer)(x), before)
+        # The weights as they are now are still those of such a layer ...
+        folded = {k: v.clone() for k, v in layer.state_dict().items()}
+        layer.load_state_dict(folded)
+        assert not layer.is_folded and torch.equal(layer(x), before)
+        # ... and others may be loaded.
+        fold_scales(layer).load_state_dict(weights)
+        assert torch.equal(layer(x), before)
 
 
 def test_basic_norm():

@@ -31,3 +31,9 @@ def check_independence(teacher, *lengths):
             for x_TD, n, index in zip(embeddings_BTD, frames_B, chosen):
                 assert len(alone[index]) == n == teacher.num_frames(int(lengths_B[index]))
                 torch.testing.assert_close(x_TD[:n], alone[index], atol=1e-4, rtol=0)
+    (second_BTD, first_BTD), frames_B = teacher.embed_layers(waveforms_BL, lengths_B, [2, 1])
+    for layer, several_BTD in ((1, first_BTD), (2, second_BTD)):  # one pass, the same to the bit
+        for x_TD, y_TD, n in zip(
+            several_BTD, teacher.embed(waveforms_BL, lengths_B, layer)[0], frames_B
+        ):
+            assert torch.equal(x_TD[:n], y_TD[:n])

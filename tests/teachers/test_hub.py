@@ -57,7 +57,7 @@ class Handler(BaseHTTPRequestHandler):
         if path.startswith("/api/models/"):
             self.model(*path.removeprefix("/api/models/").partition("/revision/")[::2])
         else:
-            self.file(path.rpartition("/")[2])
+            self.file(path.partition("/resolve/")[2].partition("/")[2])
 
     def error(self, code):
         self.send_response(404)
@@ -212,6 +212,19 @@ def test_what_the_hub_does_not_have(server, name, revision, cause):
     with pytest.raises(RecipeError, match=f"^teacher {name}: .*{cause}") as caught:
         load_teacher(name, revision)
     assert "\n" not in str(caught.value)
+
+
+def test_files_by_name_wherever_they_lie(server, files):
+    server.files |= {"data/train.jsonl.gz": b"cuts", "data/one.h5": b"1", "two.h5": b"22"}
+    folder = hub.fetch_files("lab/teacher", COMMIT, ["one.h5", "train.jsonl.gz"])
+    assert folder.name == COMMIT and asked(server) == [COMMIT, "one.h5", "train.jsonl.gz"]
+    assert (folder / "data/one.h5").read_bytes() == b"1" and not (folder / "two.h5").exists()
+    # What is there is taken without the network.
+    assert hub.fetch_files("lab/teacher", COMMIT, ["one.h5"]) == folder and asked(server) == []
+    with pytest.raises(RecipeError, match=r"labels lab/teacher: the hub has no 3\.h5 there, but"):
+        hub.fetch_files("lab/teacher", COMMIT, ["3.h5"])
+    with pytest.raises(RecipeError, match="labels lab/nothing: no such folder or file, and no"):
+        hub.fetch_files("lab/nothing", None, ["3.h5"])
 
 
 def test_no_weights(server):

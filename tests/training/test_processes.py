@@ -1,7 +1,6 @@
 """Training in two processes, exchanging gradients by gloo, against training in one."""
 
 import os
-import socket
 import subprocess
 import sys
 import traceback
@@ -33,6 +32,8 @@ from tests.training.test_loop import Task as OneProcessTask
 def _process(index, function, args, port, folder):
     environment = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": 2}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # As torchrun has it: the store is not with a process that may leave while others come.
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
     try:
@@ -46,10 +47,8 @@ def in_two_processes(tmp_path, function, *args):
     """What ``function(*args)`` returns in each of two processes."""
     folder = tmp_path / "processes"
     folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(_process, (function, args, port, folder), nprocs=2)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    multiprocessing.spawn(_process, (function, args, store.port, folder), nprocs=2)
     return [torch.load(folder / f"returned-{i}.pt") for i in range(2)]
 
 
@@ -247,9 +246,12 @@ class Task(OneProcessTask):
         return {"rank": float(sum(gathered(rank())))}
 
 
-def run(folder, name, settings, **options):
+def run(folder, name, settings, task=None, **options):
+    # The keys of each run are its own.
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) + 1
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
     try:
-        train(Task(**options), settings, folder / name, CPU)
+        train(task or Task(**options), settings, folder / name, CPU)
     except (RecipeError, Killed) as error:
         return repr(error)
     finally:
@@ -269,7 +271,7 @@ def run_all(folder):
     some = replace(SETTINGS, max_bad_batches=1)
     out["left out"] = run(folder, "left-out", some, bad_steps=[3], bad_rank=1)
     task = Task()
-    train(task, some, folder / "weights", CPU)
+    out["last"] = run(folder, "weights", some, task=task)
     out["weights"] = task.model.state_dict()
     return out
 
@@ -295,6 +297,7 @@ def test_runs_of_two_processes(tmp_path):
     saved = torch.load(tmp_path / "bad/bad-batch-3-1-0.pt", weights_only=True)
     assert saved["ids"] == ["1-2-0", "1-2-1", "1-2-2"]
     assert ours["left out"] is None and theirs["left out"] is None
+    assert ours["last"] is None and theirs["last"] is None
     left_out = state_of(tmp_path / "left-out/checkpoint.pt")
     assert left_out["progress"]["bad_batches"] == 1
     assert all(torch.isfinite(value).all() for value in left_out["model"].values())

@@ -1,0 +1,90 @@
+"""Print the words of audio files with their times, by a trained student.
+
+    python3 local/transcribe.py --exp_dir exp/NAME/STUDENT --tokens_dir data/NAME/tokens FILE...
+
+What is wrong with a file is said in a line on stderr, and the others are still transcribed; the
+exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mvqkd import cli
+from mvqkd.data.features import FeatureSettings, make_extractor
+from mvqkd.data.tokens import load_tokens
+from mvqkd.decoding.decode import DecodingSettings, check_vocabulary, load_student
+from mvqkd.decoding.transcribe import FORMATS, SegmentSettings, transcribe
+from mvqkd.device import pick_device
+from mvqkd.errors import RecipeError
+
+
+@dataclass
+class Settings:
+    """The student, and how to decode."""
+
+    # Audio files that soundfile reads, of any sampling rate and length.
+    files: list[Path] = field(metadata={"positional": True})
+    exp_dir: Path = field(kw_only=True)
+    tokens_dir: Path = field(kw_only=True)
+    # Words under the file's text, CTM, or a JSON document a line.
+    format: Literal["text", "ctm", "json"] = "text"
+    device: str = "auto"
+    # As the student's features were computed.
+    extractor: Literal["fbank", "kaldifeat-fbank"] = "fbank"
+    # None: as stage 7 decoded the student.
+    decoding: DecodingSettings | None = None
+    segment: SegmentSettings = field(default_factory=SegmentSettings)
+
+
+def decoding_of(exp_dir: Path) -> DecodingSettings:
+    """As the student was decoded last, or the defaults."""
+    path = exp_dir / "decoded.json"
+    if not path.exists():
+        return DecodingSettings()
+    try:
+        return DecodingSettings(**json.loads(path.read_text())["decoding"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(
+            f"{path}: cannot be read as decoding settings; run stage 7 again"
+        ) from error
+
+
+def segment_length(settings: Settings) -> float:
+    """Seconds."""
+    student = json.loads((settings.exp_dir / "settings.json").read_text())
+    return settings.segment.length or student.get("longest_utterances") or 20
+
+
+def main(settings: Settings) -> None:
+    logging.getLogger().setLevel(logging.WARNING)
+    device = pick_device(settings.device)
+    tokens = load_tokens(settings.tokens_dir)
+    decoding = settings.decoding or decoding_of(settings.exp_dir)
+    model, _ = load_student(settings.exp_dir, decoding)
+    check_vocabulary(model, tokens, settings.tokens_dir)
+    model.to(device)
+    num_bins = model.encoder.settings.num_features
+    extractor = make_extractor(FeatureSettings(settings.extractor, num_bins))
+    length, failed = segment_length(settings), False
+    for path in settings.files:
+        try:
+            transcript = transcribe(path, model, tokens, extractor, decoding, length, device)
+        except RecipeError as error:
+            print(f"{sys.argv[0]}: {error}", file=sys.stderr, flush=True)
+            failed = True
+            continue
+        lines = FORMATS[settings.format](path, transcript)
+        if lines:
+            print(lines, flush=True)
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings)

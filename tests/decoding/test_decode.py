@@ -1,0 +1,38 @@
+"""Decoding a test set."""
+
+import types
+
+import pytest
+import torch
+
+from mvqkd.data.datamodule import StudentBatch
+from mvqkd.decoding.decode import DecodingSettings, decode, decode_batch
+from mvqkd.decoding.times import words_with_times
+from tests.decoding.random_transducer import NUM_FEATURES, few_tokens, random_transducer
+
+CPU = torch.device("cpu")
+LENGTHS = torch.tensor([150, 90])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_words_come_with_their_times(causal, tmp_path):
+    tokens = few_tokens(tmp_path / "tokens")
+    model = random_transducer(vocab_size=len(tokens), causal=causal, sharpness=8.0)
+    generator = torch.Generator().manual_seed(0)
+    features_BTF = torch.randn(2, 150, NUM_FEATURES, generator=generator)
+    batch = StudentBatch(["b", "a"], features_BTF, LENGTHS, [[], []], ["THE", "A"], None)
+    data = types.SimpleNamespace(seconds=2.4, batches=lambda epoch: [(batch, 2.4)])
+    settings = DecodingSettings("greedy_search", chunk_size=16, left_context=16)
+    decoded = decode(model, data, tokens, settings, CPU)
+    assert [(name, ref) for name, ref, _ in decoded.results] == [("a", ["A"]), ("b", ["THE"])]
+    with torch.inference_mode():
+        found = decode_batch(model, features_BTF, LENGTHS, settings)
+    assert decoded.times.keys() == {"a", "b"}
+    for name, _, heard in decoded.results:
+        place = batch.ids.index(name)
+        seconds = int(LENGTHS[place]) / 100
+        words = words_with_times(model.encoder, found[place], tokens, seconds)
+        assert [word.text for word in words] == heard
+        assert decoded.times[name] == [(word.start, word.end) for word in words]
+    assert any(decoded.times.values())
+    assert (decoded.emission_delay is not None) == causal
