@@ -42,6 +42,8 @@ def connected(device: torch.device) -> Iterator[None]:
         yield
         return
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    # One that ended at once would leave the others waiting for half an hour to be connected.
+    gathered(None)
     yield
     # Not after an error: the others may wait in an exchange that will not come about.
     gathered(None)  # what the main process writes last is there for all

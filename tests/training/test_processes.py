@@ -1,5 +1,6 @@
 """Training in two processes, exchanging gradients by gloo, against training in one."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from dataclasses import replace
 
 import torch
 from lhotse import CutSet
-from torch import multiprocessing, nn
+from torch import distributed, multiprocessing, nn
 
 from mvqkd.data.audio import AudioBatch, bucketed_batches, largest_batches
 from mvqkd.data.datamodule import SpecAugmentSettings, StudentBatch
@@ -31,10 +32,17 @@ from tests.training.test_loop import Task as OneProcessTask
 
 def _process(index, function, args, port, folder):
     environment = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": 2}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    # As torchrun has it: the store is not with a process that may leave while others come.
-    environment |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
     os.environ.update({name: str(value) for name, value in environment.items()})
+    # With neither of them, for one may leave a run while the other still comes to it; and each
+    # run has its own keys, for one may have gone on to the next.
+    store = distributed.TCPStore("127.0.0.1", port, is_master=False)
+    connect, runs = distributed.init_process_group, itertools.count()
+    distributed.init_process_group = lambda backend: connect(
+        backend,
+        store=distributed.PrefixStore(str(next(runs)), store),
+        rank=index,
+        world_size=2,
+    )
     torch.set_num_threads(1)
     try:
         torch.save(function(*args), folder / f"returned-{index}.pt")
@@ -47,7 +55,7 @@ def in_two_processes(tmp_path, function, *args):
     """What ``function(*args)`` returns in each of two processes."""
     folder = tmp_path / "processes"
     folder.mkdir()
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     multiprocessing.spawn(_process, (function, args, store.port, folder), nprocs=2)
     return [torch.load(folder / f"returned-{i}.pt") for i in range(2)]
 
@@ -247,16 +255,13 @@ class Task(OneProcessTask):
 
 
 def run(folder, name, settings, task=None, **options):
-    # The keys of each run are its own.
-    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) + 1
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
     try:
         train(task or Task(**options), settings, folder / name, CPU)
     except (RecipeError, Killed) as error:
         return repr(error)
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def run_all(folder):
