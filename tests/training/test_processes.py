@@ -363,4 +363,6 @@ def test_launch_passes_one_line_on(tmp_path):
         text=True,
     )
     assert done.returncode == 1
-    assert done.stderr == f"{script}: FILE: of process 1; mend it\n"
+    # What torch's own threads may say when the other process is ended is not ours.
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("terminate called")]
+    assert lines == [f"{script}: FILE: of process 1; mend it"]
