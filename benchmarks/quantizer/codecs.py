@@ -148,6 +148,9 @@ def codecs(peer_steps: int) -> dict[str, Trainer]:
         "ours, 1 round": partial(_ours, rounds=1),
         "ours, 5 rounds": _ours,
         "ours, 5 rounds, 20 alternations": partial(_ours, lsq_iters=20),
+        "ours, beam 8": partial(_ours, rounds=0, beam=8, lsq_iters=3, lsq_pull=3.0),
+        "ours, beam 16": partial(_ours, rounds=0, beam=16, lsq_iters=3, lsq_pull=3.0),
+        "ours, beam 16, 1 round": partial(_ours, rounds=1, beam=16, lsq_iters=3, lsq_pull=3.0),
     }
     if peer_steps:
         steps = partial(_peer, steps=peer_steps)

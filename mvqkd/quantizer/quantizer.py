@@ -88,6 +88,8 @@ class Quantizer(nn.Module):
         self.register_buffer(
             "id_buf", torch.tensor(list(os.urandom(4).hex().encode()), dtype=torch.uint8)
         )
+        # Hypotheses of the beam search that finds the first indexes; 0: the linear layer does.
+        self.beam = 0
         self._tables: SearchTables | None = None
         self._tables_key: tuple | None = None
 
@@ -185,6 +187,10 @@ class Quantizer(nn.Module):
             # Into a tensor made before: small results kept from each chunk would lie between the
             # freed large ones, and the heap would grow with the number of chunks.
             for x_bD, codes_bn in zip(x_BD.split(size), codes_Bn.split(size)):
+                if self.beam > 0:
+                    indexes_bN = tables.beam(x_bD.float(), self.beam, rounds)
+                    codes_bn.copy_(self._pack(indexes_bN, codes_bn.shape[1]))
+                    continue
                 logits_bNK = self._logits(x_bD.to(self.centers.dtype)).unflatten(
                     1, (self.num_codebooks, -1)
                 )
@@ -199,7 +205,8 @@ class Quantizer(nn.Module):
 
         Args:
           x: (*, D) of any floating type; memory beyond input and output is bounded.
-          refine_indexes_iters: rounds of refinement after the linear layer's first guess.
+          refine_indexes_iters: rounds of refinement after the first guess, which is the linear
+            layer's, or that of a beam search (``beam``).
           as_bytes: put as many indexes into a byte as fit (one for K = 256, two for K = 16).
         Returns:
           int64 (*, N), or uint8 (*, bytes per frame) if ``as_bytes``.
@@ -278,7 +285,7 @@ class Quantizer(nn.Module):
         x_BD = self._flatten(x)
         logits_BNK = self._logits(x_BD).unflatten(1, (self.num_codebooks, -1))
         indexes_BN = logits_BNK.detach().argmax(dim=2)
-        if refine_indexes_iters > 0:
+        if refine_indexes_iters > 0 or self.beam > 0:
             if torch.is_grad_enabled():
                 # A step of training may follow, and fused optimizers change the centers without
                 # a new version number.
@@ -286,7 +293,11 @@ class Quantizer(nn.Module):
             else:
                 tables = self.search_tables()
             with torch.autocast(x_BD.device.type, enabled=False):
-                indexes_BN = tables.refine(x_BD.detach().float(), indexes_BN, refine_indexes_iters)
+                x_BD_float = x_BD.detach().float()
+                if self.beam > 0:
+                    indexes_BN = tables.beam(x_BD_float, self.beam, refine_indexes_iters)
+                else:
+                    indexes_BN = tables.refine(x_BD_float, indexes_BN, refine_indexes_iters)
         error_BD = self._sum_of_centers(indexes_BN) - x_BD
         total = ((x_BD - self.get_data_mean()) ** 2).sum() + 1.0e-20
         reconstruction_loss = (error_BD**2).sum() / total
@@ -384,6 +395,7 @@ def load_quantizer(path: Path | str) -> tuple[Quantizer, dict[str, Any]]:
             f"{path}: weights hash to {facts['sha256'][:12]}, but {sidecar.name} was written for "
             f"{sha256[:12]}; {remake}, both files together"
         )
+    quantizer.beam = meta.get("beam", 0)
     for name in ("mean", "std"):
         if isinstance(meta.get(name), list):
             meta[name] = torch.tensor(meta[name], dtype=torch.float32)
@@ -401,6 +413,7 @@ def _own_facts(quantizer: Quantizer) -> dict[str, Any]:
         "dim": quantizer.dim,
         "num_codebooks": quantizer.num_codebooks,
         "codebook_size": quantizer.codebook_size,
+        "beam": quantizer.beam,
     }
 
 

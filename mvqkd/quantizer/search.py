@@ -94,14 +94,14 @@ class SearchTables:
             size //= 2
         self.first_N = torch.arange(0, N * K, K, device=centers_NKD.device, dtype=torch.int32)
 
-    def chunk_frames(self) -> int:
+    def chunk_frames(self, width: int = 0) -> int:
         """How many frames fit the search's share of memory, the first guess included."""
         N, K = self.num_codebooks, self.codebook_size
         # The logits, the products with the centers, and the frame: as it is, in float32, moved.
         bytes_per_frame = 8 * N * K + 12 * self.centers_MD.shape[1]
         if self.gram_MM.device.type != "cpu":
             J1 = min(K, num_candidates(1, K)) + 1
-            bytes_per_frame += 8 * N * K + 12 * (N // 2 * J1) ** 2
+            bytes_per_frame += 8 * N * K + 12 * (N // 2 * J1) ** 2 + 16 * width * K
         budget = _SEARCH_BYTES.get(self.gram_MM.device.type, _SEARCH_BYTES["cuda"])
         return max(1, budget // bytes_per_frame)
 
@@ -110,22 +110,77 @@ class SearchTables:
         """``rounds`` rounds of the search from ``indexes_BN`` (int64); returns int64 (B, N)."""
         if rounds <= 0:
             return indexes_BN
-        search = self._refine_compiled if x_BD.device.type == "cpu" else self._refine_torch
-        refined_BN = torch.empty_like(indexes_BN)
-        size = self.chunk_frames()
-        for x_bD, indexes_bN, refined_bN in zip(
-            x_BD.split(size), indexes_BN.split(size), refined_BN.split(size)
-        ):
+        return self._search(x_BD, indexes_BN, rounds, 0)
+
+    @torch.no_grad()
+    def beam(self, x_BD: Tensor, width: int, rounds: int) -> Tensor:
+        """``rounds`` rounds of the search from what a beam search finds; int64 (B, N).
+
+        The beam search takes the codebooks one after the other and keeps the ``width`` best ways
+        to choose entries of those so far. It suits codebooks of which each quantizes what those
+        before it left (Chen et al., "Approximate nearest neighbor search by residual vector
+        quantization", Sensors 2010), and needs no linear layer.
+        """
+        return self._search(x_BD, None, rounds, width)
+
+    def _search(self, x_BD: Tensor, first_BN: Tensor | None, rounds: int, width: int) -> Tensor:
+        on_cpu = x_BD.device.type == "cpu"
+        found_BN = torch.empty(len(x_BD), self.num_codebooks, dtype=torch.int64, device=x_BD.device)
+        size = self.chunk_frames(width)
+        for start in range(0, len(x_BD), size):
+            chunk = slice(start, start + size)
             # Half the squared length of each center less its product with the frame.
             alone_bM = torch.addmm(
-                self.half_sumsq_M, x_bD - self.offset_D, self.centers_MD.t(), alpha=-1
+                self.half_sumsq_M, x_BD[chunk] - self.offset_D, self.centers_MD.t(), alpha=-1
             )
             if self.num_codebooks == 1:
-                refined_bN[:, 0] = alone_bM.argmin(dim=1)
+                found_BN[chunk, 0] = alone_bM.argmin(dim=1)
+                continue
+            if first_BN is not None:
+                entries_bN = first_BN[chunk] + self.first_N
             else:
-                entries_bN = search(alone_bM, indexes_bN + self.first_N, rounds)
-                torch.sub(entries_bN, self.first_N, out=refined_bN)
-        return refined_BN
+                entries_bN = (self._beam_compiled if on_cpu else self._beam_torch)(alone_bM, width)
+            if rounds > 0:
+                refine = self._refine_compiled if on_cpu else self._refine_torch
+                entries_bN = refine(alone_bM, entries_bN, rounds)
+            found_BN[chunk] = entries_bN - self.first_N
+        return found_BN
+
+    def _beam_compiled(self, alone_BM: Tensor, width: int) -> Tensor:
+        from mvqkd.quantizer.search_cpu import beam_entries
+
+        entries_BN = self.first_N.long().repeat(len(alone_BM), 1)
+        beam_entries(
+            self.gram_MM.numpy(),
+            alone_BM.contiguous().numpy(),
+            width,
+            entries_BN.numpy(),
+            torch.get_num_threads(),
+        )
+        return entries_BN
+
+    def _beam_torch(self, alone_BM: Tensor, width: int) -> Tensor:
+        B, (N, K) = len(alone_BM), (self.num_codebooks, self.codebook_size)
+        error_BH = alone_BM.new_zeros(B, 1)
+        entries_BHn = self.first_N.new_empty(B, 1, 0)
+        for n in range(N):
+            own = slice(n * K, (n + 1) * K)
+            error_BHK = error_BH[:, :, None] + alone_BM[:, None, own]
+            if n > 0:
+                others = F.embedding_bag(
+                    entries_BHn.flatten(0, 1), self.gram_MM[:, own].contiguous(), mode="sum"
+                )
+                error_BHK = error_BHK + others.view_as(error_BHK)
+            keep = min(1 if n == N - 1 else width, error_BHK[0].numel())
+            error_BH, chosen_BH = error_BHK.flatten(1).topk(keep, dim=1, largest=False)
+            entries_BHn = torch.cat(
+                (
+                    entries_BHn.gather(1, (chosen_BH // K)[:, :, None].expand(-1, -1, n)),
+                    (n * K + chosen_BH % K).int()[:, :, None],
+                ),
+                dim=2,
+            )
+        return entries_BHn[:, 0].long()
 
     def _refine_compiled(self, alone_BM: Tensor, entries_BN: Tensor, rounds: int) -> Tensor:
         # Imported here: it costs half a second, which who only trains a student need not pay.

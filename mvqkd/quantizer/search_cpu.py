@@ -418,6 +418,70 @@ def _refine_block(gram_MM, alone_BM, entries_BN, rounds, kept):
                     entries_BN[frame, n] = entry
 
 
+@_compiled("void(float32[:, ::1], float32[:, ::1], intp, int64[:, ::1])")
+def _beam_block(gram_MM, alone_BM, width, entries_BN):
+    B, M = alone_BM.shape
+    N = entries_BN.shape[1]
+    K = M // N
+    entries_HN, next_entries_HN = np.empty((width, N), np.int32), np.empty((width, N), np.int32)
+    error_H = np.empty(width, np.float32)
+    error_HK = np.empty(-(-width * K // _WIDTH) * _WIDTH, np.float32)
+    padded = np.empty(_WIDTH, np.float32)
+    chosen = np.empty(width, np.intp)
+
+    for frame in range(B):
+        H, whole = 1, True
+        error_H[0] = 0.0
+        for n in range(N):
+            first = n * K
+            for h in range(H):
+                here = h * K
+                for k in range(K):
+                    error_HK[here + k] = alone_BM[frame, first + k] + error_H[h]
+                for m in range(n):
+                    entry = entries_HN[h, m]
+                    for k in range(K):
+                        error_HK[here + k] += gram_MM[entry, first + k]
+            count = H * K
+            keep = min(1 if n == N - 1 else width, count)
+            end = -(-count // _WIDTH) * _WIDTH
+            if count > _WIDTH:
+                for i in range(count, end):
+                    error_HK[i] = np.nan  # below no limit, and passed over by least and largest
+                whole = _smallest(error_HK, 0, end, keep, padded, chosen)
+            else:
+                whole = _smallest(error_HK, 0, count, keep, padded, chosen)
+            if not whole:
+                break
+            for i in range(keep):
+                h = chosen[i] // K
+                error_H[i] = error_HK[chosen[i]]
+                for m in range(n):
+                    next_entries_HN[i, m] = entries_HN[h, m]
+                next_entries_HN[i, n] = first + chosen[i] % K
+            entries_HN, next_entries_HN = next_entries_HN, entries_HN
+            H = keep
+        # A frame that is not made of numbers keeps what it has.
+        if whole:
+            for n in range(N):
+                entries_BN[frame, n] = entries_HN[0, n]
+
+
+def beam_entries(
+    gram_MM: np.ndarray,
+    alone_BM: np.ndarray,
+    width: int,
+    entries_BN: np.ndarray,
+    num_threads: int,
+) -> None:
+    """Beam search through the codebooks into ``entries_BN``; arguments as of `refine_entries`."""
+    _in_blocks(
+        lambda block: _beam_block(gram_MM, alone_BM[block], width, entries_BN[block]),
+        len(entries_BN),
+        num_threads,
+    )
+
+
 def refine_entries(
     gram_MM: np.ndarray,
     alone_BM: np.ndarray,
@@ -433,16 +497,20 @@ def refine_entries(
       alone_BM: float32, half the squared length of each center less its product with the frame.
       kept: intp, candidates per group of 1, 2, 4 ... codebooks; 1 for all of them.
     """
-    blocks = [slice(b, b + _BLOCK_FRAMES) for b in range(0, len(entries_BN), _BLOCK_FRAMES)]
+    _in_blocks(
+        lambda block: _refine_block(gram_MM, alone_BM[block], entries_BN[block], rounds, kept),
+        len(entries_BN),
+        num_threads,
+    )
 
-    def refine(block: slice) -> None:
-        _refine_block(gram_MM, alone_BM[block], entries_BN[block], rounds, kept)
 
+def _in_blocks(work: Callable[[slice], None], num_frames: int, num_threads: int) -> None:
+    blocks = [slice(b, b + _BLOCK_FRAMES) for b in range(0, num_frames, _BLOCK_FRAMES)]
     num_threads = min(num_threads, len(blocks))
     if num_threads <= 1:
         for block in blocks:
-            refine(block)
+            work(block)
         return
     with ThreadPoolExecutor(num_threads) as pool:
-        for _ in pool.map(refine, blocks):
+        for _ in pool.map(work, blocks):
             pass

@@ -61,6 +61,9 @@ class QuantizerSettings:
       lsq_pull: how strongly a center is held where it was, as a share of the frames of an average
         entry. Without it the codebooks soon overlap so much that the search no longer finds good
         indexes; the RRL then rises.
+      beam: hypotheses of a beam search through the codebooks, with which the least-squares trainer
+        and the finished quantizer begin, instead of the linear first guess (0). The codebooks then
+        start as residual ones.
       logits_iters: steps in which it fits the first guess, ``to_logits``, in the end.
     """
 
@@ -78,6 +81,7 @@ class QuantizerSettings:
     lsq_iters: int = 5
     lsq_rounds: int = 1
     lsq_pull: float = 0.3
+    beam: int = 0
     logits_iters: int = 100
 
 
@@ -226,6 +230,10 @@ class LeastSquaresTrainer:
     discriminant of each codebook's entries, which has a closed form too. The last steps
     fit the first guess by cross-entropy.
 
+    With ``beam`` hypotheses, codebooks start as residual ones instead, each found in principal axes
+    that grow in number, as in FAISS (Douze et al., arXiv 2401.08281), and a beam search takes the
+    place of the first guess.
+
     Args:
       frames_FD: the frames to use, all of them in each step.
       settings: sizes, ``lsq_*``, ``logits_iters``, ``batch_size`` and ``seed`` are used.
@@ -242,6 +250,7 @@ class LeastSquaresTrainer:
         self.quantizer = Quantizer(
             frames_FD.shape[1], settings.codebook_size, settings.num_codebooks, self._generator
         ).to(device)
+        self.quantizer.beam = settings.beam
         self.cur_iter = 0
 
     @property
@@ -297,8 +306,15 @@ class LeastSquaresTrainer:
 
     @torch.no_grad()
     def _start(self) -> None:
+        x_FD = self._x_FD[: max(80 * self.settings.codebook_size, 4096)]
+        start = self._start_residual if self.settings.beam > 0 else self._start_product
+        indexes_FN = start(x_FD)
+        self.quantizer.centers_scale.zero_()
+        self._set_discriminant(x_FD, indexes_FN)
+
+    def _start_product(self, x_FD: Tensor) -> Tensor:
+        """Codebooks of principal axes, the indexes of frames returned."""
         N, K, D = self.quantizer.centers.shape
-        x_FD = self._x_FD[: max(80 * K, 4096)]
         values, vectors = torch.linalg.eigh((x_FD.t() @ x_FD / len(x_FD)).double())
         values = values.flip(0).clamp(min=values.max().item() * 1e-9 + 1e-30).tolist()
         vectors = vectors.flip(1).float()
@@ -314,24 +330,62 @@ class LeastSquaresTrainer:
         for n in range(N):
             # With fewer dimensions than codebooks, some quantize what the others leave.
             basis = vectors[:, axes[n]] if axes[n] else vectors
-            centers_KP, index_F = self._kmeans((x_FD if axes[n] else rest_FD) @ basis, K)
+            x_FP = (x_FD if axes[n] else rest_FD) @ basis
+            first = torch.randperm(len(x_FP), generator=self._generator)[:K].to(x_FP.device)
+            centers_KP = _kmeans(x_FP, x_FP[first])
+            index_F = _nearest(x_FP, centers_KP)
             self.quantizer.centers[n] = centers_KP @ basis.t()
             rest_FD -= self.quantizer.centers[n][index_F]
             indexes.append(index_F)
-        self.quantizer.centers_scale.zero_()
-        self._set_discriminant(x_FD, torch.stack(indexes, dim=1))
+        return torch.stack(indexes, dim=1)
 
-    def _kmeans(self, x_FP: Tensor, K: int, iters: int = 8) -> tuple[Tensor, Tensor]:
-        first = torch.randperm(len(x_FP), generator=self._generator)[:K].to(x_FP.device)
-        centers_KP = x_FP[first].clone()
-        for i in range(iters + 1):
-            half_KP = 0.5 * centers_KP.square().sum(dim=1)
-            index_F = (half_KP - x_FP @ centers_KP.t()).argmin(dim=1)
-            if i < iters:
-                counts_K = torch.bincount(index_F, minlength=K)[:, None]
-                means_KP = _sum_by_entry(index_F, x_FP, K) / counts_K.clamp(min=1)
-                centers_KP = torch.where(counts_K > 0, means_KP, centers_KP)
-        return centers_KP, index_F
+    def _start_residual(self, x_FD: Tensor) -> Tensor:
+        """Each codebook of what those before it leave, of all hypotheses of the beam: an entry
+        is then made of more frames, and serves more ways to come to it. The indexes of frames
+        returned."""
+        N, K = self.quantizer.centers.shape[:2]
+        indexes_FHn = torch.zeros(len(x_FD), 1, 0, dtype=torch.long, device=x_FD.device)
+
+        def left_over(rows: Tensor, hypotheses: Tensor) -> Tensor:
+            left = x_FD[rows].clone()
+            for m in range(indexes_FHn.shape[2]):
+                left -= self.quantizer.centers[m][indexes_FHn[rows, hypotheses, m]]
+            return left
+
+        for n in range(N):
+            H = indexes_FHn.shape[1]
+            order = torch.randperm(len(x_FD) * H, generator=self._generator)[: 256 * K]
+            order = order.to(x_FD.device)
+            self.quantizer.centers[n] = self._progressive_kmeans(
+                left_over(order // H, order % H), K
+            )
+            keep = min(self.settings.beam, H * K)
+            chunks = []
+            for rows in torch.arange(len(x_FD), device=x_FD.device).split(1024):
+                rows_R = rows.repeat_interleave(H)
+                hypotheses_R = torch.arange(H, device=rows.device).repeat(len(rows))
+                left_RD = left_over(rows_R, hypotheses_R)
+                centers_KD = self.quantizer.centers[n]
+                error_RK = left_RD.square().sum(1, keepdim=True) + centers_KD.square().sum(1)
+                error_RK = error_RK.addmm(left_RD, centers_KD.t(), alpha=-2)
+                chosen_FH = error_RK.view(len(rows), H * K).topk(keep, dim=1, largest=False).indices
+                parents = indexes_FHn[rows[:, None], chosen_FH // K]
+                chunks.append(torch.cat((parents, (chosen_FH % K)[:, :, None]), dim=2))
+            indexes_FHn = torch.cat(chunks)
+        return indexes_FHn[:, 0]
+
+    def _progressive_kmeans(self, x_FD: Tensor, K: int, rounds: int = 6) -> Tensor:
+        """Centers (K, D), found in the first few principal axes first and then in more and more of
+        them, which ends in better ones."""
+        D = x_FD.shape[1]
+        vectors = torch.linalg.eigh((x_FD.t() @ x_FD / len(x_FD)).double())[1].flip(1).float()
+        x_FD = x_FD @ vectors
+        first = torch.randperm(len(x_FD), generator=self._generator)[:K].to(x_FD.device)
+        centers_KD = x_FD[first]
+        for number in range(1, rounds + 1):
+            used = math.ceil(D ** (number / rounds))
+            centers_KD = _kmeans(x_FD, centers_KD, used)
+        return centers_KD @ vectors.t()
 
     @torch.no_grad()
     def _alternate(self) -> None:
@@ -403,6 +457,24 @@ class LeastSquaresTrainer:
         self._optimizer.step()
 
 
+def _nearest(x_FP: Tensor, centers_KP: Tensor, used: int | None = None) -> Tensor:
+    """The nearest center of each frame by the first ``used`` dimensions."""
+    centers_KP = centers_KP[:, :used]
+    half_K = 0.5 * centers_KP.square().sum(dim=1)
+    return torch.addmm(half_K, x_FP[:, :used], centers_KP.t(), alpha=-1).argmin(dim=1)
+
+
+def _kmeans(x_FP: Tensor, centers_KP: Tensor, used: int | None = None, iters: int = 8) -> Tensor:
+    """Lloyd's iterations from ``centers_KP``; those of no frame stay."""
+    K = len(centers_KP)
+    for _ in range(iters):
+        index_F = _nearest(x_FP, centers_KP, used)
+        counts_K = torch.bincount(index_F, minlength=K)[:, None]
+        means_KP = _sum_by_entry(index_F, x_FP, K) / counts_K.clamp(min=1)
+        centers_KP = torch.where(counts_K > 0, means_KP, centers_KP)
+    return centers_KP
+
+
 def _sum_by_entry(index_F: Tensor, x_FD: Tensor, K: int) -> Tensor:
     """Sum of the frames of each entry (K, D), the same bits each time on every device."""
     sums_KD = x_FD.new_zeros(K, x_FD.shape[1])
@@ -425,6 +497,7 @@ def fold_normalization(quantizer: Quantizer, mean_D: Tensor, deviation: float) -
     weight = quantizer.to_logits.weight * scale / deviation
     folded.to_logits.weight.copy_(weight)
     folded.to_logits.bias.copy_(quantizer.to_logits.bias - weight @ mean_D)
+    folded.beam = quantizer.beam
     return folded
 
 

@@ -30,6 +30,7 @@ def form(request, monkeypatch):
     """Both forms on the CPU; a GPU has the second."""
     if request.param == "torch":
         monkeypatch.setattr(SearchTables, "_refine_compiled", SearchTables._refine_torch)
+        monkeypatch.setattr(SearchTables, "_beam_compiled", SearchTables._beam_torch)
 
 
 @pytest.mark.parametrize("num_codebooks", [2, 4, 8, 16, 32])
@@ -96,6 +97,46 @@ def test_two_small_codebooks_are_searched_exhaustively(codebook_size):
         torch.testing.assert_close(found, least, rtol=1e-4, atol=1e-5)
     else:
         assert (found >= least - 1e-5).all()
+
+
+def _beam_by_vectors(centers_NKD, x_D, width):
+    """The beam search with vectors, one hypothesis at a time."""
+    beam = [((), torch.zeros_like(x_D))]
+    for centers_KD in centers_NKD:
+        longer = [
+            ((*chosen, k), sum_D + center_D)
+            for chosen, sum_D in beam
+            for k, center_D in enumerate(centers_KD)
+        ]
+        # The means of the codebooks that are still to come are part of what is aimed at.
+        done = len(longer[0][0])
+        aim_D = x_D - centers_NKD[done:].mean(dim=1).sum(dim=0)
+        longer.sort(key=lambda hypothesis: float((hypothesis[1] - aim_D).square().sum()))
+        beam = longer[:width]
+    return beam[0][0]
+
+
+@pytest.mark.parametrize("num_codebooks,codebook_size", [(2, 4), (4, 16), (8, 2), (4, 64)])
+@pytest.mark.parametrize("width", [1, 3, 8])
+def test_beam_search_is_that_of_vectors(form, num_codebooks, codebook_size, width):
+    generator = torch.Generator().manual_seed(num_codebooks + codebook_size)
+    quantizer = Quantizer(6, codebook_size, num_codebooks, generator)
+    centers_NKD = quantizer.get_centers().detach()
+    x_BD = torch.randn(20, 6, generator=generator)
+    found_BN = quantizer.search_tables().beam(x_BD, width, rounds=0)
+    expected = [_beam_by_vectors(centers_NKD.double(), x_D, width) for x_D in x_BD.double()]
+    assert found_BN.tolist() == [list(indexes) for indexes in expected]
+
+
+def test_rounds_after_the_beam_search_go_on_from_there(form):
+    generator = torch.Generator().manual_seed(2)
+    quantizer = Quantizer(24, 16, 8, generator)
+    x_BD = torch.randn(100, 24, generator=generator)
+    tables = quantizer.search_tables()
+    found_BN = tables.beam(x_BD, 4, rounds=0)
+    assert torch.equal(tables.beam(x_BD, 4, rounds=2), tables.refine(x_BD, found_BN, 2))
+    quantizer.beam = 4
+    assert torch.equal(quantizer.encode(x_BD, 2, as_bytes=False), tables.beam(x_BD, 4, rounds=2))
 
 
 def test_one_codebook_finds_the_nearest_center():

@@ -139,6 +139,15 @@ def test_least_squares_reconstructs_unseen_frames():
     assert after < 0.95 * before < 0.4
 
 
+def test_alternations_improve_residual_codebooks():
+    frames, mean = _frames(), _frames().mean(dim=0)
+    settings = dataclasses.replace(LSQ, beam=4)
+    started = train_quantizer(frames, dataclasses.replace(settings, lsq_iters=0), progress=None)
+    finished = train_quantizer(frames, settings, progress=None)
+    assert finished.beam == 4
+    assert _rrl(finished, frames, mean) < 0.99 * _rrl(started, frames, mean) < 0.5
+
+
 def test_fitting_the_first_guess_improves_it():
     frames = _frames(2000)
     settings = dataclasses.replace(LSQ, lsq_frames=2000, batch_size=256)
