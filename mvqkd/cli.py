@@ -119,3 +119,6 @@ def run(main: Callable[[T], None], settings_class: type[T]) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        # All is tidy. An exception in what Python does at exit would only be printed at length.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
