@@ -9,7 +9,8 @@
 # of the stamps named in AFTER. Options that do not change what is made (--device,
 # --num_workers) are no part of it. When the hash has changed, OUTPUTS (paths, relative to the
 # recipe) are put aside (.before) until the new ones are whole, and put back if COMMAND fails
-# before it has made any of them, as for a mistyped conf; when it has not, a step that was
+# before it has made any of them, as for a mistyped conf, or if it was killed and the old hash is
+# asked for again; when it has not, a step that was
 # killed goes on with what it has left there. An output that ends in ? need not be there in
 # the end. Of two runs that come to the same step, the second waits for the first. $launcher
 # (words, empty by default) starts COMMAND, and is no part of the stamp either. Of several hosts
@@ -114,8 +115,14 @@ _put_back() {
     for path; do
         [[ ! -e $path ]] || return 1
     done
+    _restore "$@"
+}
+
+# _restore OUTPUT...: the same, in place of what is new.
+_restore() {
+    local path
     for path in "$@" "$stamps/$name" "$stamps/$name.begun"; do
-        [[ ! -e $path.before ]] || mv -T "$path.before" "$path"
+        [[ ! -e $path.before ]] || { rm -rf "$path" && mv -T "$path.before" "$path"; }
     done
 }
 
@@ -134,6 +141,11 @@ step() {
         flock "$step_lock"
     }
     hash=$(_step_hash "$after" "$@") || return 1
+    # Put aside by a run with other settings, which was then killed: what it left is not wanted.
+    if [[ "$(cat "$stamps/$name.before" 2>/dev/null)" == "$hash" ]]; then
+        # shellcheck disable=SC2086
+        _restore ${outputs//\?/}
+    fi
     for output in $outputs; do
         [[ $output == *\? || -e $output ]] || whole=false
     done
@@ -144,7 +156,7 @@ step() {
     fi
     if [[ "$(cat "$stamps/$name.begun" 2>/dev/null)" != "$hash" ]]; then
         # shellcheck disable=SC2086
-        _put_aside ${outputs//\?/} "$stamps/$name" "$stamps/$name.begun"
+        _put_aside "$stamps/$name" "$stamps/$name.begun" ${outputs//\?/}
         echo "$hash" >"$stamps/$name.begun"
     fi
     rm -f "$stamps/$name"

@@ -127,6 +127,21 @@ def test_command_that_makes_nothing_leaves_what_was_there(shell, tmp_path):
     assert not list(tmp_path.rglob("*.before"))
 
 
+def test_what_a_killed_run_put_aside_comes_back_with_its_settings(shell, tmp_path):
+    shell(STEP)
+    conf = tmp_path / "conf/laptop/a.yaml"
+    conf.write_text("other: 3\n")
+    # Of the same command line, so that the conf alone decides the hash.
+    killed = 'work() { echo half >"$2"; kill -KILL $$; }\n'
+    done, _ = shell(killed + STEP)
+    assert done.returncode == -9 and (tmp_path / "out/one").read_text() == "half\n"
+    conf.write_text("other: 2\n")
+    done, ran = shell(STEP)
+    assert ran == [] and "one: done already" in done.stderr
+    assert (tmp_path / "out/one").read_text() == "one\n"
+    assert not list(tmp_path.rglob("*.before"))
+
+
 def test_optional_output_is_removed_but_need_not_be_there(shell, tmp_path):
     step = 'step one "" "out/one out/work?" work one out/one'
     assert shell(step)[0].returncode == 0
