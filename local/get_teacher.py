@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mvqkd import cli
-from mvqkd.files import written_aside
+from mvqkd.files import require, written_aside
 from mvqkd.teachers import find_teacher, load_teacher
 
 
@@ -30,7 +30,11 @@ def main(settings: Settings) -> None:
     found = find_teacher(settings.teacher, settings.revision)
     with written_aside(settings.out_dir) as aside:
         if found.is_dir():
-            shutil.copytree(found, aside)
+            # Before anything is copied, for any folder may have been named.
+            require(found / "config.json", "name a folder in transformers' layout")
+            aside.mkdir()
+            for path in filter(Path.is_file, found.iterdir()):
+                shutil.copy(path, aside)
             teacher = load_teacher(aside)
         else:
             teacher = load_teacher(found)

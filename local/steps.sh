@@ -98,8 +98,8 @@ _state_of() (
         cd "$1" || return
         set -- .
     fi
-    find -H "$1" -type f -size -64M -exec sha256sum {} + | sort
-    find -H "$1" -type f -size +63M -printf '%P %s %T@\n' | sort
+    find -H "$1" -maxdepth 1 -type f -size -64M -exec sha256sum {} + | sort
+    find -H "$1" -maxdepth 1 -type f -size +63M -printf '%P %s %T@\n' | sort
 )
 
 _put_aside() {

@@ -67,3 +67,11 @@ def test_layer_that_the_teacher_lacks(tmp_path):
     with pytest.raises(RecipeError, match=rf"teacher {CHECKPOINT}: layer 4 is not in 1\.\.3"):
         get_teacher.main(settings)
     assert not list(tmp_path.iterdir())
+
+
+def test_folder_that_is_no_teacher_is_not_copied(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/large.bin").write_bytes(b"x")
+    with pytest.raises(RecipeError, match=r"home/config\.json: no such file"):
+        get_teacher.main(get_teacher.Settings(str(tmp_path / "home"), tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
