@@ -35,8 +35,10 @@ codebook_dir=""      # a copy of them, instead of the hub
 label_launcher=""    # starts stage 5: "torchrun --nproc-per-node 4 --no-python" for four GPUs, or
                      # "local/slurm_array.sh 16 --gpus-per-task=1 --" for an array of 16 tasks
 labels=""            # name of the set of labels that is dumped and learned from; mvq where empty,
-                     # or published
+                     # or published. conf/labels/NAME and egs/CORPUS/conf/labels/NAME hold its conf
 students=""          # which of the recipe's students; all where empty
+students_file=""     # lists them, instead of the recipe's students.txt
+overlay=""           # a folder of conf files that win over all others
 num_workers=2        # processes of stage 0
 num_gpus=1           # of this host, that train one model together; on the CPU, processes
 num_jobs=2           # students that are trained at once on the CPU, threads shared among them
@@ -70,10 +72,20 @@ on() {
 }
 
 # The recipe's students: lines of a name and the conf files that make it differ.
-for file in conf/students.txt "conf/${scale:-none}/students.txt" "egs/$corpus/conf/students.txt" \
-    "egs/$corpus/conf/${size:-none}/students.txt"; do
-    [[ ! -f $file ]] || students_file=$file
-done
+listed=$students_file # by the call
+if [[ -z $students_file ]]; then
+    for file in conf/students.txt "conf/${scale:-none}/students.txt" \
+        "egs/$corpus/conf/students.txt" "egs/$corpus/conf/${size:-none}/students.txt"; do
+        [[ ! -f $file ]] || students_file=$file
+    done
+elif [[ ! -f $students_file ]]; then
+    echo "$0: --students-file $students_file: no such file; name one like conf/students.txt" >&2
+    exit 1
+fi
+if [[ -n $overlay && ! -d $overlay ]]; then
+    echo "$0: --overlay $overlay: no such folder; name one with conf files" >&2
+    exit 1
+fi
 declare -A student_confs=()
 student_names=()
 while read -r student confs; do
@@ -124,13 +136,14 @@ fi
 
 # What made the results: the options that change them.
 invocation() {
-    local gpus_option='' published=''
+    local gpus_option='' published='' files=''
     ((num_gpus == 1)) || gpus_option=" --num-gpus $num_gpus"
     [[ $use_extracted_codebook == false ]] ||
         published="--use-extracted-codebook true ${codebook_dir:+--codebook-dir $codebook_dir }"
+    files=${listed:+--students-file $listed }${overlay:+--overlay $overlay }
     echo "./run.sh --corpus $corpus${size:+ --size $size}${split:+ --split $split}" \
         "${teacher:+--teacher $teacher }${teacher_dir:+--teacher-dir $teacher_dir }--labels $labels" \
-        "${published}${students:+--students \"$students\" }--train-teacher $train_teacher${gpus_option}"
+        "${published}${files}${students:+--students \"$students\" }--train-teacher $train_teacher${gpus_option}"
 }
 
 manifests() {

@@ -21,14 +21,18 @@ log() {
 }
 
 # conf NAME...: "--config FILE" for each file of that name, from the general to the particular:
-# the published settings, those of the scale, of the corpus, and of its size. A name that none
-# of them has is passed on, for `step` to complain of.
+# the published settings, those of the scale, of the corpus, of its size, of the set of labels
+# ($labels), and of the call ($overlay). A name that none of them has is passed on, for `step` to
+# complain of.
 conf() {
     local name file found
     for name; do
         found=false
         for file in "conf/$name.yaml" "conf/${scale:-none}/$name.yaml" \
-            "egs/$corpus/conf/$name.yaml" "egs/$corpus/conf/${size:-none}/$name.yaml"; do
+            "egs/$corpus/conf/$name.yaml" "egs/$corpus/conf/${size:-none}/$name.yaml" \
+            "conf/labels/${labels:-none}/$name.yaml" \
+            "egs/$corpus/conf/labels/${labels:-none}/$name.yaml" \
+            "${overlay:-none}/$name.yaml"; do
             [[ -f $file ]] || continue
             printf -- '--config %s ' "$file"
             found=true

@@ -54,6 +54,15 @@ def test_conf_names_the_files_from_the_general_to_the_particular(shell):
     ]
 
 
+def test_conf_of_the_labels_and_of_the_call_come_last(shell, tmp_path):
+    own = ["conf/labels/n4/a.yaml", "egs/toy/conf/labels/n4/a.yaml", "mine/a.yaml"]
+    for path in own:
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text("key: 4\n")
+    done, _ = shell("labels=n4 overlay=mine; conf a")
+    assert done.stdout.split()[7::2] == own
+
+
 def test_conf_that_is_nowhere_is_an_error(shell):
     done, ran = shell('step one "" out/one work one out/one $(conf b)')
     assert done.returncode == 1 and ran == []
