@@ -34,6 +34,7 @@ class Origin:
     conf_hash: str  # of the settings, after all overrides
     device: str  # e.g. "cpu, 2 threads" or "NVIDIA H100"
     seed: int
+    date: str = ""  # when it was made, e.g. 2024-05-31; empty where that was not kept
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class StudentResult:
     rtf: float | None = None  # seconds of decoding per second of speech
     decoding: str = ""  # e.g. "modified beam search, beam 4"
     epochs: int | None = None
+    steps: int | None = None  # updates of the weights
     # Published WER by test set, and what published them.
     paper: dict[str, float] = field(default_factory=dict)
     paper_source: str = ""
@@ -218,7 +220,7 @@ def results_document(
 
 
 def _check_origin(path: str | os.PathLike, where: str, section: Any) -> None:
-    wanted = {f.name for f in dataclasses.fields(Origin)}
+    wanted = {f.name for f in dataclasses.fields(Origin) if f.default is dataclasses.MISSING}
     origin = section.get("origin") if isinstance(section, Mapping) else None
     missing = wanted - set(origin) if isinstance(origin, Mapping) else wanted
     if missing:
