@@ -181,14 +181,14 @@ def wer_table(
     """
     test_sets = all_test_sets(rows)
     if style == "markdown":
-        lines = _aligned(table_cells(rows, test_sets, named=True), "| ", " | ", " |")
+        lines = aligned(table_cells(rows, test_sets, named=True), "| ", " | ", " |")
     else:
         lines = []
         for test_set in test_sets:
             decoded = [row for row in rows if test_set in row.test_sets]
             lines += [
                 test_set,
-                *_aligned(table_cells(decoded, [test_set], named=False), "", "  ", ""),
+                *aligned(table_cells(decoded, [test_set], named=False), "", "  ", ""),
             ]
             lines += [""]
         lines = lines[:-1]
@@ -198,7 +198,8 @@ def wer_table(
     return "\n".join(lines) + "\n"
 
 
-def _aligned(lines: list[list[str]], left: str, between: str, right: str) -> list[str]:
+def aligned(lines: list[list[str]], left: str, between: str, right: str) -> list[str]:
+    """Lines of cells, the first of them the header, in columns of one width."""
     widths = [max(len(cells[c]) for cells in lines) for c in range(len(lines[0]))]
     lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
     return [
@@ -247,6 +248,16 @@ def write_results_json(path: str | os.PathLike, document: Mapping[str, Any]) -> 
         ) from error
     with written_aside(path) as aside:
         aside.write_text(text + "\n", encoding="utf-8")
+
+
+def read_document(path: str | os.PathLike) -> dict[str, Any]:
+    """A whole ``results.json``.
+
+    Raises:
+      RecipeError: the file is missing, or not JSON of this form.
+    """
+    read_results(path)
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def read_results(path: str | os.PathLike) -> list[StudentResult]:
