@@ -19,12 +19,14 @@ size=""          # of corpus mini: smoke, small (the default) or full
 split=""         # of corpus digits: take (the default) or speaker
 dl_dir=""        # a copy of what would be downloaded
 num_workers=2    # processes
+dry_run=false    # only print each command, and what it would cost
 # end of options
 
 . local/parse_options.sh
 . local/recipe.sh
 . ./path.sh
 . local/steps.sh
+begin_plan
 
 if ((stage <= 0 && stop_stage >= 0)); then
     # shellcheck disable=SC2046
@@ -52,3 +54,4 @@ if ((stage <= 3 && stop_stage >= 3)); then
         python3 local/train_tokens.py $(conf tokens) --train_manifest "$data/fbank/train.jsonl.gz" \
         --out_dir "$data/tokens"
 fi
+show_plan

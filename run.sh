@@ -42,6 +42,7 @@ overlay=""           # a folder of conf files that win over all others
 num_workers=2        # processes of stage 0
 num_gpus=1           # of this host, that train one model together; on the CPU, processes
 num_jobs=2           # students that are trained at once on the CPU, threads shared among them
+dry_run=false        # only print each command, and what it would cost
 # end of options
 
 . local/parse_options.sh
@@ -66,6 +67,7 @@ fi
 [[ $use_extracted_codebook == false ]] || teacher=""
 . ./path.sh
 . local/steps.sh
+begin_plan
 
 on() {
     ((stage <= $1 && stop_stage >= $1))
@@ -156,7 +158,7 @@ manifests() {
 
 if on 0; then
     attended ./prepare.sh --corpus "$corpus" --size "$size" --split "$split" \
-        --dl-dir "$dl_dir" --num-workers "$num_workers"
+        --dl-dir "$dl_dir" --num-workers "$num_workers" --dry-run "$dry_run"
 fi
 
 # train_teacher NAME AFTER OPTION...
@@ -262,7 +264,8 @@ train_student() {
 # other with all threads.
 train_students() {
     local student cores running=0
-    if [[ ${#trainer[@]} -gt 1 || $device == cuda || ($device == auto && -e /dev/nvidiactl) ]]; then
+    if [[ $dry_run == true || ${#trainer[@]} -gt 1 || $device == cuda ||
+        ($device == auto && -e /dev/nvidiactl) ]]; then
         num_jobs=1
     elif [[ -z ${OMP_NUM_THREADS:-} ]]; then
         cores=$(nproc)
@@ -305,8 +308,9 @@ if on 8; then
         python3 local/report.py $(conf report) "${report_args[@]}" --exp_dir "$exp" \
         --data_dir "$data" --labels "$labels" --test_manifests "$(manifests $test_parts)" \
         --students "$(list "${student_names[@]}")" --command "$(invocation)"
-    cat "$exp/report/table.txt"
+    [[ $dry_run == true ]] || cat "$exp/report/table.txt"
 fi
 if on 9; then
     log "stage 9: export for deployment is not there yet"
 fi
+show_plan

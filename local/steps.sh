@@ -14,7 +14,8 @@
 # the end. Of two runs that come to the same step, the second waits for the first. $launcher
 # (words, empty by default) starts COMMAND, and is no part of the stamp either. Of several hosts
 # (PET_NODE_RANK, torchrun's number of this one) the first does all of this; the others only take
-# their part in the steps that train on all of them.
+# their part in the steps that train on all of them. With $dry_run true nothing is run: steps go to
+# a list instead, see begin_plan.
 
 log() {
     echo "$(date +%H:%M:%S) $*" >&2
@@ -123,9 +124,44 @@ _put_back() {
     done
 }
 
+# With $dry_run true steps go to a list, which show_plan prints with what they would cost.
+begin_plan() {
+    own_plan=false
+    # One script calls another, and shows what both would do.
+    [[ $dry_run == true && -z ${mvqkd_plan:-} ]] || return 0
+    own_plan=true mvqkd_plan=$(mktemp)
+    export mvqkd_plan
+}
+
+show_plan() {
+    $own_plan || return 0
+    # shellcheck disable=SC2046
+    python3 local/dry_run.py $(conf costs) --plan "$mvqkd_plan"
+    rm "$mvqkd_plan"
+}
+
+_plan() {
+    local name=$1 after=$2 outputs=$3 hash output state='done' before
+    shift 3
+    hash=$(_step_hash "$after" "$@") || return 1
+    for output in $outputs; do
+        [[ $output == *\? || -e $output ]] || state=todo
+    done
+    [[ "$(cat "$stamps/$name" 2>/dev/null)" == "$hash" ]] || state=todo
+    for before in $after; do
+        ! grep -q "^$before todo " "$mvqkd_plan" || state=todo
+    done
+    # shellcheck disable=SC2086
+    echo "$name $state $(printf '%q ' ${launcher:-} "$@")" >>"$mvqkd_plan"
+}
+
 step() {
     local name=$1 after=$2 outputs=$3 hash output whole=true started
     shift 3
+    if [[ ${dry_run:-false} == true ]]; then
+        _plan "$name" "$after" "$outputs" "$@"
+        return
+    fi
     if [[ ${PET_NODE_RANK:-0} != 0 ]]; then
         [[ " $* " != *" mvqkd.launch "* ]] || attended "$@"
         return

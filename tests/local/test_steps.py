@@ -226,3 +226,29 @@ def test_launcher_starts_the_command_and_is_no_part_of_the_stamp(shell, tmp_path
     assert done.returncode == 0 and ran == ["one"]
     assert (tmp_path / "said").read_text().endswith("launched of\n")
     assert shell(STEP)[1] == []
+
+
+def test_dry_run_lists_what_is_to_do_and_runs_nothing(shell, tmp_path):
+    other = 'step three "" out/three work three out/three "a b"\n'
+    shell(TWO)
+    before = sorted(tmp_path.rglob("*"))
+    dry = "dry_run=true; begin_plan\n" + TWO + other + 'cat "$mvqkd_plan"; rm "$mvqkd_plan"'
+    done, ran = shell(dry)
+    assert ran == [] and sorted(tmp_path.rglob("*")) == before
+    assert done.stdout.splitlines() == [
+        "one done work one out/one --config conf/a.yaml --config conf/laptop/a.yaml "
+        "--config egs/toy/conf/tiny/a.yaml ",
+        "two done work two out/two ",
+        "three todo work three out/three a\\ b ",
+    ]
+    # What is after a step that is to be made again, too.
+    done, _ = shell(dry.replace("$(conf a)", "--seed 3"))
+    assert [line.split()[1] for line in done.stdout.splitlines()] == ["todo", "todo", "todo"]
+
+
+def test_script_that_is_called_adds_to_the_list_and_shows_nothing(shell):
+    done, _ = shell(
+        "dry_run=true; begin_plan\n(begin_plan; " + STEP.strip() + "; show_plan)\n"
+        'cat "$mvqkd_plan"; rm "$mvqkd_plan"; $own_plan'
+    )
+    assert done.returncode == 0 and done.stdout.startswith("one todo work one out/one")
