@@ -26,6 +26,8 @@ corpus=mini          # a folder of egs/
 size=""              # of corpus mini: smoke, small (the default) or full
 split=""             # of corpus digits: take (the default) or speaker
 dl_dir=""            # a copy of what would be downloaded
+noise_dir=""         # a folder of noise, say MUSAN's, that is mixed into training; none where empty
+decoding=""          # a file of conf/decoding/, without .yaml, on top of decoding.yaml
 device=auto          # auto|cpu|cuda: where to run
 teacher=""           # a file of conf/teacher/, without .yaml; the recipe's where empty
 teacher_dir=""       # its folder or fairseq checkpoint, instead of what that file names
@@ -143,6 +145,7 @@ invocation() {
     [[ $use_extracted_codebook == false ]] ||
         published="--use-extracted-codebook true ${codebook_dir:+--codebook-dir $codebook_dir }"
     files=${listed:+--students-file $listed }${overlay:+--overlay $overlay }
+    files+=${noise_dir:+--noise-dir $noise_dir }${decoding:+--decoding $decoding }
     echo "./run.sh --corpus $corpus${size:+ --size $size}${split:+ --split $split}" \
         "${teacher:+--teacher $teacher }${teacher_dir:+--teacher-dir $teacher_dir }--labels $labels" \
         "${published}${files}${students:+--students \"$students\" }--train-teacher $train_teacher${gpus_option}"
@@ -158,7 +161,7 @@ manifests() {
 
 if on 0; then
     attended ./prepare.sh --corpus "$corpus" --size "$size" --split "$split" \
-        --dl-dir "$dl_dir" --num-workers "$num_workers" --dry-run "$dry_run"
+        --dl-dir "$dl_dir" --noise-dir "$noise_dir" --num-workers "$num_workers" --dry-run "$dry_run"
 fi
 
 # train_teacher NAME AFTER OPTION...
@@ -253,6 +256,10 @@ train_student() {
         manifest=$data/labels/$labels/train.jsonl.gz
         [[ $use_extracted_codebook == true ]] || kind_args=(--distillation.quantizer "$quantizer")
     fi
+    if [[ -n $noise_dir ]]; then
+        after+=" noise"
+        kind_args+=(--data.noise.manifest "$data/noise/noise.jsonl.gz")
+    fi
     # shellcheck disable=SC2046,SC2086
     step "student-$student" "$after" "$exp/$student" \
         "${trainer[@]}" local/train_student.py $(conf $confs) "${kind_args[@]}" \
@@ -294,7 +301,7 @@ if on 7; then
     for student in "${student_names[@]}"; do
         # shellcheck disable=SC2046,SC2086
         step "decode-$student" "student-$student" "$exp/$student/decoded.json" \
-            python3 local/decode.py $(conf decoding) --exp_dir "$exp/$student" \
+            python3 local/decode.py $(conf decoding ${decoding:+decoding/$decoding}) --exp_dir "$exp/$student" \
             --test_manifests "$(manifests $test_parts)" --tokens_dir "$data/tokens" \
             --device "$device"
     done

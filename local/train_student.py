@@ -99,6 +99,7 @@ def main(settings: Settings) -> None:
         model.codebook_loss_net = distillation.head
         fields, with_audio = distillation.fields, distillation.in_loop
     seed = settings.training.seed
+    noise = settings.data.noise.manifest
     dev_data = {
         path.name.split(".")[0]: StudentData(read_cuts(path), tokens, settings.data, seed)
         for path in settings.dev_manifests
@@ -108,7 +109,15 @@ def main(settings: Settings) -> None:
     task = StudentTask(
         model,
         settings.model,
-        StudentData(train_cuts, tokens, settings.data, seed, fields, with_audio),
+        StudentData(
+            train_cuts,
+            tokens,
+            settings.data,
+            seed,
+            fields,
+            with_audio,
+            None if noise is None else read_cuts(noise),
+        ),
         dev_data,
         distillation,
         settings.data.spec_augment,
