@@ -143,7 +143,10 @@ show_plan() {
 _plan() {
     local name=$1 after=$2 outputs=$3 hash output state='done' before
     shift 3
-    hash=$(_step_hash "$after" "$@") || return 1
+    hash=$(_step_hash "$after" "$@") || {
+        rm -f "$mvqkd_plan"
+        return 1
+    }
     for output in $outputs; do
         [[ $output == *\? || -e $output ]] || state=todo
     done
