@@ -26,7 +26,9 @@ def is_done(places: Places, student: Student) -> bool:
     """Whether it has been trained and decoded; run.sh alone knows whether confs have changed."""
     stamps = places.exp / "stamps"
     steps = (f"student-{student.name}", f"decode-{student.name}")
-    return all((stamps / step).exists() for step in steps)
+    # Of one that is trained anew the stamp of the old decoding is still there.
+    decoded = places.exp / student.name / "decoded.json"
+    return decoded.exists() and all((stamps / step).exists() for step in steps)
 
 
 def _step_seconds(places: Places, step: str) -> float | None:

@@ -162,6 +162,15 @@ def test_says_how_long_it_takes(recipe):
     assert (plan.seconds, plan.num_measured) == (40 + 60 + 110, 1)
 
 
+def test_one_that_is_trained_anew_is_not_done(recipe):
+    grid = grid_of(recipe)
+    run(grid)
+    (recipe / "exp/toy/mvq-seed1/decoded.json").unlink()
+    assert [student.name for student in estimate(grid, places_of(grid), 1).left] == ["mvq-seed1"]
+    rows = collect_grid(grid, places_of(grid), "COMMAND")["students"]
+    assert len(rows) == 5
+
+
 def test_unknown_rate_is_refused(recipe):
     grid = grid_of(recipe, rates={"students": {"none": 1.0}})
     with pytest.raises(RecipeError, match=r"cell mvq: rates\.students has no 'mvq'; add"):
