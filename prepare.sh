@@ -3,7 +3,7 @@
 #
 #   0  make or download the corpus, in LibriSpeech's folder layout
 #   1  lhotse manifests; broken utterances are counted, listed and left out
-#   2  features; the training parts also at other speeds
+#   2  features; the training parts also at other speeds; those of noise
 #   3  word pieces from the training transcripts
 
 # shellcheck disable=SC2154  # the recipe of the corpus sets them
@@ -18,13 +18,16 @@ corpus=mini      # a folder of egs/
 size=""          # of corpus mini: smoke, small (the default) or full
 split=""         # of corpus digits: take (the default) or speaker
 dl_dir=""        # a copy of what would be downloaded
+noise_dir=""     # a folder of noise, say MUSAN's, that is mixed into training; none where empty
 num_workers=2    # processes
+dry_run=false    # only print each command, and what it would cost
 # end of options
 
 . local/parse_options.sh
 . local/recipe.sh
 . ./path.sh
 . local/steps.sh
+begin_plan
 
 if ((stage <= 0 && stop_stage >= 0)); then
     # shellcheck disable=SC2046
@@ -46,9 +49,16 @@ if ((stage <= 2 && stop_stage >= 2)); then
         --train_parts "$(list $train_parts)" --test_parts "$(list $dev_parts $test_parts)" \
         --out_dir "$data/fbank" --num_workers "$num_workers"
 fi
+if [[ -n $noise_dir ]] && ((stage <= 2 && stop_stage >= 2)); then
+    # shellcheck disable=SC2046
+    step noise "" "$data/noise $data/noise/noise.jsonl.gz" \
+        python3 local/prepare_noise.py $(conf features) --dl_dir "$noise_dir" \
+        --out_dir "$data/noise" --num_workers "$num_workers"
+fi
 if ((stage <= 3 && stop_stage >= 3)); then
     # shellcheck disable=SC2046
     step tokens "features" "$data/tokens" \
         python3 local/train_tokens.py $(conf tokens) --train_manifest "$data/fbank/train.jsonl.gz" \
         --out_dir "$data/tokens"
 fi
+show_plan

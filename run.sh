@@ -26,6 +26,8 @@ corpus=mini          # a folder of egs/
 size=""              # of corpus mini: smoke, small (the default) or full
 split=""             # of corpus digits: take (the default) or speaker
 dl_dir=""            # a copy of what would be downloaded
+noise_dir=""         # a folder of noise, say MUSAN's, that is mixed into training; none where empty
+decoding=""          # a file of conf/decoding/, without .yaml, on top of decoding.yaml
 device=auto          # auto|cpu|cuda: where to run
 teacher=""           # a file of conf/teacher/, without .yaml; the recipe's where empty
 teacher_dir=""       # its folder or fairseq checkpoint, instead of what that file names
@@ -35,11 +37,14 @@ codebook_dir=""      # a copy of them, instead of the hub
 label_launcher=""    # starts stage 5: "torchrun --nproc-per-node 4 --no-python" for four GPUs, or
                      # "local/slurm_array.sh 16 --gpus-per-task=1 --" for an array of 16 tasks
 labels=""            # name of the set of labels that is dumped and learned from; mvq where empty,
-                     # or published
+                     # or published. conf/labels/NAME and egs/CORPUS/conf/labels/NAME hold its conf
 students=""          # which of the recipe's students; all where empty
+students_file=""     # lists them, instead of the recipe's students.txt
+overlay=""           # a folder of conf files that win over all others
 num_workers=2        # processes of stage 0
 num_gpus=1           # of this host, that train one model together; on the CPU, processes
 num_jobs=2           # students that are trained at once on the CPU, threads shared among them
+dry_run=false        # only print each command, and what it would cost
 # end of options
 
 . local/parse_options.sh
@@ -64,16 +69,27 @@ fi
 [[ $use_extracted_codebook == false ]] || teacher=""
 . ./path.sh
 . local/steps.sh
+begin_plan
 
 on() {
     ((stage <= $1 && stop_stage >= $1))
 }
 
 # The recipe's students: lines of a name and the conf files that make it differ.
-for file in conf/students.txt "conf/${scale:-none}/students.txt" "egs/$corpus/conf/students.txt" \
-    "egs/$corpus/conf/${size:-none}/students.txt"; do
-    [[ ! -f $file ]] || students_file=$file
-done
+listed=$students_file # by the call
+if [[ -z $students_file ]]; then
+    for file in conf/students.txt "conf/${scale:-none}/students.txt" \
+        "egs/$corpus/conf/students.txt" "egs/$corpus/conf/${size:-none}/students.txt"; do
+        [[ ! -f $file ]] || students_file=$file
+    done
+elif [[ ! -f $students_file ]]; then
+    echo "$0: --students-file $students_file: no such file; name one like conf/students.txt" >&2
+    exit 1
+fi
+if [[ -n $overlay && ! -d $overlay ]]; then
+    echo "$0: --overlay $overlay: no such folder; name one with conf files" >&2
+    exit 1
+fi
 declare -A student_confs=()
 student_names=()
 while read -r student confs; do
@@ -124,13 +140,15 @@ fi
 
 # What made the results: the options that change them.
 invocation() {
-    local gpus_option='' published=''
+    local gpus_option='' published='' files=''
     ((num_gpus == 1)) || gpus_option=" --num-gpus $num_gpus"
     [[ $use_extracted_codebook == false ]] ||
         published="--use-extracted-codebook true ${codebook_dir:+--codebook-dir $codebook_dir }"
+    files=${listed:+--students-file $listed }${overlay:+--overlay $overlay }
+    files+=${noise_dir:+--noise-dir $noise_dir }${decoding:+--decoding $decoding }
     echo "./run.sh --corpus $corpus${size:+ --size $size}${split:+ --split $split}" \
         "${teacher:+--teacher $teacher }${teacher_dir:+--teacher-dir $teacher_dir }--labels $labels" \
-        "${published}${students:+--students \"$students\" }--train-teacher $train_teacher${gpus_option}"
+        "${published}${files}${students:+--students \"$students\" }--train-teacher $train_teacher${gpus_option}"
 }
 
 manifests() {
@@ -143,7 +161,7 @@ manifests() {
 
 if on 0; then
     attended ./prepare.sh --corpus "$corpus" --size "$size" --split "$split" \
-        --dl-dir "$dl_dir" --num-workers "$num_workers"
+        --dl-dir "$dl_dir" --noise-dir "$noise_dir" --num-workers "$num_workers" --dry-run "$dry_run"
 fi
 
 # train_teacher NAME AFTER OPTION...
@@ -238,6 +256,10 @@ train_student() {
         manifest=$data/labels/$labels/train.jsonl.gz
         [[ $use_extracted_codebook == true ]] || kind_args=(--distillation.quantizer "$quantizer")
     fi
+    if [[ -n $noise_dir ]]; then
+        after+=" noise"
+        kind_args+=(--data.noise.manifest "$data/noise/noise.jsonl.gz")
+    fi
     # shellcheck disable=SC2046,SC2086
     step "student-$student" "$after" "$exp/$student" \
         "${trainer[@]}" local/train_student.py $(conf $confs) "${kind_args[@]}" \
@@ -249,7 +271,8 @@ train_student() {
 # other with all threads.
 train_students() {
     local student cores running=0
-    if [[ ${#trainer[@]} -gt 1 || $device == cuda || ($device == auto && -e /dev/nvidiactl) ]]; then
+    if [[ $dry_run == true || ${#trainer[@]} -gt 1 || $device == cuda ||
+        ($device == auto && -e /dev/nvidiactl) ]]; then
         num_jobs=1
     elif [[ -z ${OMP_NUM_THREADS:-} ]]; then
         cores=$(nproc)
@@ -278,7 +301,7 @@ if on 7; then
     for student in "${student_names[@]}"; do
         # shellcheck disable=SC2046,SC2086
         step "decode-$student" "student-$student" "$exp/$student/decoded.json" \
-            python3 local/decode.py $(conf decoding) --exp_dir "$exp/$student" \
+            python3 local/decode.py $(conf decoding ${decoding:+decoding/$decoding}) --exp_dir "$exp/$student" \
             --test_manifests "$(manifests $test_parts)" --tokens_dir "$data/tokens" \
             --device "$device"
     done
@@ -292,8 +315,9 @@ if on 8; then
         python3 local/report.py $(conf report) "${report_args[@]}" --exp_dir "$exp" \
         --data_dir "$data" --labels "$labels" --test_manifests "$(manifests $test_parts)" \
         --students "$(list "${student_names[@]}")" --command "$(invocation)"
-    cat "$exp/report/table.txt"
+    [[ $dry_run == true ]] || cat "$exp/report/table.txt"
 fi
 if on 9; then
     log "stage 9: export for deployment is not there yet"
 fi
+show_plan

@@ -13,5 +13,10 @@ exp=exp/$name
 stamps=$exp/stamps
 # A relative path is meant from where the user called.
 [[ -z $dl_dir || $dl_dir == /* ]] || dl_dir=$caller/$dl_dir
+[[ -z ${noise_dir:-} || $noise_dir == /* ]] || noise_dir=$caller/$noise_dir
 [[ -z ${teacher_dir:-} || $teacher_dir == /* ]] || teacher_dir=$caller/$teacher_dir
 [[ -z ${codebook_dir:-} || $codebook_dir == /* ]] || codebook_dir=$caller/$codebook_dir
+if [[ $caller != "$PWD" ]]; then
+    [[ -z ${students_file:-} || $students_file == /* ]] || students_file=$caller/$students_file
+    [[ -z ${overlay:-} || $overlay == /* ]] || overlay=$caller/$overlay
+fi

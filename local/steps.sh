@@ -15,21 +15,26 @@
 # the end. Of two runs that come to the same step, the second waits for the first. $launcher
 # (words, empty by default) starts COMMAND, and is no part of the stamp either. Of several hosts
 # (PET_NODE_RANK, torchrun's number of this one) the first does all of this; the others only take
-# their part in the steps that train on all of them.
+# their part in the steps that train on all of them. With $dry_run true nothing is run: steps go to
+# a list instead, see begin_plan.
 
 log() {
     echo "$(date +%H:%M:%S) $*" >&2
 }
 
 # conf NAME...: "--config FILE" for each file of that name, from the general to the particular:
-# the published settings, those of the scale, of the corpus, and of its size. A name that none
-# of them has is passed on, for `step` to complain of.
+# the published settings, those of the scale, of the corpus, of its size, of the set of labels
+# ($labels), and of the call ($overlay). A name that none of them has is passed on, for `step` to
+# complain of.
 conf() {
     local name file found
     for name; do
         found=false
         for file in "conf/$name.yaml" "conf/${scale:-none}/$name.yaml" \
-            "egs/$corpus/conf/$name.yaml" "egs/$corpus/conf/${size:-none}/$name.yaml"; do
+            "egs/$corpus/conf/$name.yaml" "egs/$corpus/conf/${size:-none}/$name.yaml" \
+            "conf/labels/${labels:-none}/$name.yaml" \
+            "egs/$corpus/conf/labels/${labels:-none}/$name.yaml" \
+            "${overlay:-none}/$name.yaml"; do
             [[ -f $file ]] || continue
             printf -- '--config %s ' "$file"
             found=true
@@ -126,9 +131,47 @@ _restore() {
     done
 }
 
+# With $dry_run true steps go to a list, which show_plan prints with what they would cost.
+begin_plan() {
+    own_plan=false
+    # One script calls another, and shows what both would do.
+    [[ $dry_run == true && -z ${mvqkd_plan:-} ]] || return 0
+    own_plan=true mvqkd_plan=$(mktemp)
+    export mvqkd_plan
+}
+
+show_plan() {
+    $own_plan || return 0
+    # shellcheck disable=SC2046
+    python3 local/dry_run.py $(conf costs) --plan "$mvqkd_plan"
+    rm "$mvqkd_plan"
+}
+
+_plan() {
+    local name=$1 after=$2 outputs=$3 hash output state='done' before
+    shift 3
+    hash=$(_step_hash "$after" "$@") || {
+        rm -f "$mvqkd_plan"
+        return 1
+    }
+    for output in $outputs; do
+        [[ $output == *\? || -e $output ]] || state=todo
+    done
+    [[ "$(cat "$stamps/$name" 2>/dev/null)" == "$hash" ]] || state=todo
+    for before in $after; do
+        ! grep -q "^$before todo " "$mvqkd_plan" || state=todo
+    done
+    # shellcheck disable=SC2086
+    echo "$name $state $(printf '%q ' ${launcher:-} "$@")" >>"$mvqkd_plan"
+}
+
 step() {
     local name=$1 after=$2 outputs=$3 hash output whole=true started
     shift 3
+    if [[ ${dry_run:-false} == true ]]; then
+        _plan "$name" "$after" "$outputs" "$@"
+        return
+    fi
     if [[ ${PET_NODE_RANK:-0} != 0 ]]; then
         [[ " $* " != *" mvqkd.launch "* ]] || attended "$@"
         return

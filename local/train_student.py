@@ -14,7 +14,7 @@ from lhotse import CutSet
 
 from mvqkd import cli
 from mvqkd.data.datamodule import DataSettings, StudentData
-from mvqkd.data.manifests import read_cuts
+from mvqkd.data.manifests import read_cuts, split_by_share
 from mvqkd.data.tokens import load_tokens
 from mvqkd.device import describe_device, pick_device
 from mvqkd.files import written_aside
@@ -37,6 +37,10 @@ class Settings:
     exp_dir: Path
     # More cuts with features and labels, of which only the teacher is learned from.
     untranscribed_manifests: list[Path] = field(default_factory=list)
+    # Share of the training utterances read with transcripts; a smaller one is part of a larger.
+    transcribed_share: float = 1.0
+    # Learn from the others by distillation alone, instead of leaving them out.
+    distil_rest: bool = False
     device: str = "auto"
     # vocab_size is taken from tokens_dir.
     model: TransducerSettings = field(default_factory=TransducerSettings)
@@ -76,6 +80,11 @@ def main(settings: Settings) -> None:
     device = pick_device(settings.device)
     tokens = load_tokens(settings.tokens_dir)
     train_cuts = read_cuts(settings.train_manifest)
+    if settings.transcribed_share != 1:
+        train_cuts, rest = split_by_share(train_cuts, settings.transcribed_share)
+        if settings.distil_rest:
+            unread = (cut.drop_supervisions() for cut in rest)
+            train_cuts = CutSet.from_cuts([*train_cuts, *unread])
     seconds = [cut.duration for cut in train_cuts]
     for path in settings.untranscribed_manifests:
         unread = (cut.drop_supervisions() for cut in read_cuts(path))
@@ -90,6 +99,7 @@ def main(settings: Settings) -> None:
         model.codebook_loss_net = distillation.head
         fields, with_audio = distillation.fields, distillation.in_loop
     seed = settings.training.seed
+    noise = settings.data.noise.manifest
     dev_data = {
         path.name.split(".")[0]: StudentData(read_cuts(path), tokens, settings.data, seed)
         for path in settings.dev_manifests
@@ -99,7 +109,15 @@ def main(settings: Settings) -> None:
     task = StudentTask(
         model,
         settings.model,
-        StudentData(train_cuts, tokens, settings.data, seed, fields, with_audio),
+        StudentData(
+            train_cuts,
+            tokens,
+            settings.data,
+            seed,
+            fields,
+            with_audio,
+            None if noise is None else read_cuts(noise),
+        ),
         dev_data,
         distillation,
         settings.data.spec_augment,

@@ -9,19 +9,22 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import torch
 from lhotse import CutSet
 from lhotse.cut import MixedCut
-from lhotse.dataset import SpecAugment
+from lhotse.dataset import CutMix, SpecAugment
 
 from mvqkd.data.audio import bucketed_batches, collate_audio, largest_batches
 from mvqkd.data.labels import collate_labels, load_labels
 from mvqkd.data.time_warp import TimeWarp
 from mvqkd.errors import RecipeError
 
+# Of the noise, that a batch draws from: lhotse shuffles what it is given only so far ahead.
+NOISE_CUTS = 100
 # What padding frames hold: the log of silence, as lhotse pads.
 LOG_EPSILON = -23.025850929940457
 
@@ -42,6 +45,18 @@ class SpecAugmentSettings:
 
 
 @dataclass
+class NoiseSettings:
+    """Recordings that are mixed into the training speech: MUSAN (Snyder et al. 2015, arXiv
+    1510.08484), as published."""
+
+    # Cuts with features, see local/prepare_noise.py; None: no noise.
+    manifest: Path | None = None
+    # Share of the utterances, and the range of the signal-to-noise ratio in dB.
+    p: float = 0.5
+    snr: tuple[float, float] = (10.0, 20.0)
+
+
+@dataclass
 class DataSettings:
     """How batches are filled."""
 
@@ -50,6 +65,7 @@ class DataSettings:
     num_buckets: int = 20
     # Keep features and labels in memory after the first epoch.
     cache: bool = False
+    noise: NoiseSettings = field(default_factory=NoiseSettings)
     spec_augment: SpecAugmentSettings = field(default_factory=SpecAugmentSettings)
 
 
@@ -103,8 +119,9 @@ class StudentData:
     Args:
       fields: of the labels that batches hold.
       with_audio: whether they hold the waveforms too.
+      noise: what is mixed into the features; waveforms and labels stay clean.
 
-    With neither, every cut must have a transcript.
+    With neither fields nor audio, every cut must have a transcript.
     """
 
     def __init__(
@@ -115,9 +132,11 @@ class StudentData:
         seed: int,
         fields: Sequence[str] = (),
         with_audio: bool = False,
+        noise: CutSet | None = None,
     ) -> None:
         self._cuts, self._tokens, self._settings = cuts, tokens, settings
         self._seed, self._fields, self._with_audio = seed, fields, with_audio
+        self._noise = None if noise is None else list(noise)
         self._cache: dict[str, tuple] = {}
         self._audio_cache: dict[str, np.ndarray] | None = {} if settings.cache else None
         self.seconds = sum(cut.duration for cut in cuts)
@@ -130,8 +149,10 @@ class StudentData:
         From batch ``start`` on of the share that process ``rank`` has of an epoch, see
         :func:`mvqkd.data.audio.bucketed_batches`.
         """
-        for cuts in itertools.islice(self._cut_batches(epoch, rank, num_processes), start, None):
-            yield self._collate(cuts), sum(cut.duration for cut in cuts)
+        numbered = enumerate(self._cut_batches(epoch, rank, num_processes))
+        for number, cuts in itertools.islice(numbered, start, None):
+            noisy = self._mixed(cuts, f"{self._seed}/{epoch}/{rank}/{number}")
+            yield self._collate(cuts, noisy), sum(cut.duration for cut in cuts)
 
     def every_nth(self, first: int, n: int) -> Iterator[StudentBatch]:
         """Batches ``first``, ``first + n``, ... of epoch 0: one of n shares that make the whole."""
@@ -154,6 +175,22 @@ class StudentData:
             num_processes,
         )
 
+    def _mixed(self, cuts: CutSet, seed: str) -> CutSet | None:
+        """``cuts`` with noise, which follows from ``seed``; None without noise."""
+        if self._noise is None:
+            return None
+        rng, settings = random.Random(seed), self._settings.noise
+        drawn = rng.sample(self._noise, min(NOISE_CUTS, len(self._noise)))
+        mix = CutMix(
+            CutSet.from_cuts(drawn),
+            snr=settings.snr,
+            p=settings.p,
+            pad_to_longest=False,
+            preserve_id=True,
+            seed=rng,
+        )
+        return mix(cuts)
+
     def _load(self, cut) -> tuple:
         if cut.id in self._cache:
             return self._cache[cut.id]
@@ -172,8 +209,15 @@ class StudentData:
             self._cache[cut.id] = item
         return item
 
-    def _collate(self, cuts: CutSet) -> StudentBatch:
+    def _collate(self, cuts: CutSet, noisy: CutSet | None = None) -> StudentBatch:
         features, tokens, texts, labels = zip(*map(self._load, cuts))
+        if noisy is not None:
+            features = [
+                torch.from_numpy(load_features(cut)[: len(clean_TF)])
+                if isinstance(cut, MixedCut)
+                else clean_TF
+                for cut, clean_TF in zip(noisy, features)
+            ]
         audio = collate_audio(cuts, self._audio_cache) if self._with_audio else None
         return StudentBatch(
             ids=[cut.id for cut in cuts],

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import io
 import json
 import logging
+import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -156,3 +158,25 @@ def read_cuts(path: Path) -> CutSet:
     if len(cuts) == 0:
         raise RecipeError(f"{path}: holds no cuts; make it again")
     return cuts
+
+
+def split_by_share(cuts: CutSet, share: float) -> tuple[CutSet, CutSet]:
+    """``share`` of the utterances, and the others.
+
+    Which ones follows from their ids alone, so that a smaller share is part of a larger; all speeds
+    of an utterance stay together.
+
+    Raises:
+      RecipeError: a share that is no number between 0 and 1, or that leaves no utterance.
+    """
+    if not 0 < share <= 1:
+        raise RecipeError(f"transcribed_share {share}: give a number above 0, at most 1")
+    originals = {cut.id: re.sub(r"_sp[0-9.]+$", "", cut.id) for cut in cuts}
+    drawn = sorted(set(originals.values()), key=lambda id: hashlib.sha256(id.encode()).digest())
+    taken = set(drawn[: round(share * len(drawn))])
+    if not taken:
+        raise RecipeError(f"transcribed_share {share}: of {len(drawn)} utterances none is left")
+    parts = [
+        [cut for cut in cuts if (originals[cut.id] in taken) == read] for read in (True, False)
+    ]
+    return CutSet.from_cuts(parts[0]), CutSet.from_cuts(parts[1])

@@ -143,7 +143,7 @@ def place_in_job(env: dict[str, str] | None = None) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _taken(path: Path, mine_anyway: bool) -> Iterator[bool]:
+def taken(path: Path, mine_anyway: bool) -> Iterator[bool]:
     """Whether the lock ``path`` was free; held within. Killed processes hold none.
 
     Args:
@@ -270,7 +270,7 @@ class Shards:
             if self._is_done(job):
                 continue
             lock = job[0].with_suffix(".lock")
-            with _taken(lock, mine_anyway=number % size == rank) as mine:
+            with taken(lock, mine_anyway=number % size == rank) as mine:
                 if not mine:
                     continue
                 if not self._is_done(job):

@@ -266,24 +266,22 @@ def wer_interval(
     return 100.0 * float(errors_U.sum() / words_U.sum()), float(low), float(high)
 
 
-def paired_difference(
-    results_a: Sequence[Result],
-    results_b: Sequence[Result],
-    seed: int = 0,
-    replications: int = 10_000,
-) -> dict[str, float]:
-    """WER of b minus WER of a on the same utterances, with its 95% bootstrap interval.
+def interval_over_seeds(
+    results_of_seeds: Sequence[Sequence[Result]], seed: int = 0, replications: int = 10_000
+) -> tuple[float, float, float]:
+    """Mean word error rate of several models of one kind with its 95% bootstrap interval.
 
-    Both systems are scored on the same draws of utterances (Bisani and Ney 2004), so
-    what is hard for both cancels. Negative: b is better.
-
-    Returns:
-      ``delta``, ``lo``, ``hi`` in percent points, and ``p``: the two-sided bootstrap p-value of
-      no difference, at least 2 / (replications + 1).
-    Raises:
-      RecipeError: the two do not hold the same cut ids with the same references, or an id twice,
-        or no reference word.
+    Utterances are drawn, each with its errors by all of the models: the interval is that of the
+    test set, given these models. See `wer_interval`.
     """
+    counted = [_errors_and_words(results) for results in results_of_seeds]
+    errors_U = np.sum([errors for errors, _ in counted], axis=0)
+    words_U = np.sum([words for _, words in counted], axis=0)
+    low, high = np.percentile(_bootstrap(errors_U, words_U, seed, replications), [2.5, 97.5])
+    return 100.0 * float(errors_U.sum() / words_U.sum()), float(low), float(high)
+
+
+def _check_paired(results_a: Sequence[Result], results_b: Sequence[Result]) -> None:
     by_id_a, by_id_b = ({cut_id: (r, h) for cut_id, r, h in rs} for rs in (results_a, results_b))
     for name, by_id, results in (("a", by_id_a, results_a), ("b", by_id_b, results_b)):
         if len(by_id) != len(results):
@@ -302,9 +300,46 @@ def paired_difference(
                 "decode both systems on the same test set"
             )
 
-    errors_a_U, words_U = _errors_and_words(results_a)
-    errors_b_U, _ = _errors_and_words(results_b)
-    change_U = errors_b_U - errors_a_U
+
+def paired_difference(
+    results_a: Sequence[Result],
+    results_b: Sequence[Result],
+    seed: int = 0,
+    replications: int = 10_000,
+) -> dict[str, float]:
+    """WER of b minus WER of a on the same utterances, with its 95% bootstrap interval.
+
+    Both systems are scored on the same draws of utterances (Bisani and Ney 2004), so
+    what is hard for both cancels. Negative: b is better.
+
+    Returns:
+      ``delta``, ``lo``, ``hi`` in percent points, and ``p``: the two-sided bootstrap p-value of
+      no difference, at least 2 / (replications + 1).
+    Raises:
+      RecipeError: the two do not hold the same cut ids with the same references, or an id twice,
+        or no reference word.
+    """
+    return difference_over_seeds([(results_a, results_b)], seed, replications)
+
+
+def difference_over_seeds(
+    pairs: Sequence[tuple[Sequence[Result], Sequence[Result]]],
+    seed: int = 0,
+    replications: int = 10_000,
+) -> dict[str, float]:
+    """`paired_difference` of several pairs of models, say of different seeds: their mean.
+
+    Utterances are drawn, each with its errors by all models: the interval and p are those of the
+    test set, given these models.
+    """
+    changes, counted = [], []
+    for results_a, results_b in pairs:
+        _check_paired(results_a, results_b)
+        errors_a_U, words_U = _errors_and_words(results_a)
+        errors_b_U, _ = _errors_and_words(results_b)
+        changes.append(errors_b_U - errors_a_U)
+        counted.append(words_U)
+    change_U, words_U = np.sum(changes, axis=0), np.sum(counted, axis=0)
     deltas_R = _bootstrap(change_U, words_U, seed, replications)
     low, high = np.percentile(deltas_R, [2.5, 97.5])
     tail = min(int((deltas_R <= 0).sum()), int((deltas_R >= 0).sum()))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,10 @@ def _stamp(exp_dir: Path, step: str) -> str:
     return require(exp_dir / "stamps" / step, "run the stages before").read_text().strip()
 
 
+def _date(stamp: Path) -> str:
+    return time.strftime("%Y-%m-%d", time.localtime(stamp.stat().st_mtime))
+
+
 def collect_results(
     exp_dir: Path,
     data_dir: Path,
@@ -82,46 +88,59 @@ def collect_results(
     Raises:
       RecipeError: a student has not been trained or decoded.
     """
-    rows, decoded = [], {}
-    for student in students:
-        folder = exp_dir / student
-        settings = json.loads(require(folder / "settings.json", "run stage 6").read_text())
-        decoded[student] = read_decoded(folder)
-        kind, has_labels = kind_of(settings["distillation"])
-        log = read_log(folder)
-        test_sets = {}
-        for name, entry in decoded[student]["test_sets"].items():
-            wer, lo, hi = wer_interval(entry["results"], seed=SEED)
-            words = sum(len(ref) for _, ref, _ in entry["results"])
-            errors = round(wer * words / 100)
-            test_sets[name] = WerResult(wer=wer, lo=lo, hi=hi, errors=errors, words=words)
-        test_entries = decoded[student]["test_sets"].values()
-        rows.append(
-            StudentResult(
-                name="conformer",
-                distillation=kind,
-                streaming=decoded[student]["streaming"],
-                test_sets=test_sets,
-                origin=Origin(
-                    command,
-                    _stamp(exp_dir, f"student-{student}")[:12],
-                    settings["device"],
-                    settings["training"]["seed"],
-                ),
-                label_bytes_per_hour=(
-                    label_bytes_per_hour(data_dir / "labels" / labels) if has_labels else None
-                ),
-                training_seconds=log[-1]["seconds"],
-                num_params=decoded[student]["num_params"],
-                rtf=sum(e["rtf"] for e in test_entries) / len(test_entries),
-                decoding=decoded[student]["setting"],
-                epochs=settings["training"]["num_epochs"],
-            )
-        )
-    rows = [_compared(rows, row, students, decoded) for row in rows]
+    rows = [student_row(exp_dir, data_dir, labels, student, command) for student in students]
+    decoded = {student: read_decoded(exp_dir / student) for student in students}
+    rows = compared(rows, [decoded[student] for student in students])
     if published:
         return rows, {"labels": _published_section(exp_dir, data_dir, labels, command)}
     return rows, _teacher_sections(exp_dir, labels, command)
+
+
+def student_row(
+    exp_dir: Path, data_dir: Path, labels: str, student: str, command: str, name: str = "conformer"
+) -> StudentResult:
+    """The row of one student, not yet compared with others.
+
+    Args:
+      name: of its kind, as the table calls it.
+
+    Raises:
+      RecipeError: it has not been trained or decoded.
+    """
+    folder = exp_dir / student
+    settings = json.loads(require(folder / "settings.json", "run stage 6").read_text())
+    decoded = read_decoded(folder)
+    kind, has_labels = kind_of(settings["distillation"])
+    last = read_log(folder)[-1]
+    test_sets = {}
+    for part, entry in decoded["test_sets"].items():
+        wer, lo, hi = wer_interval(entry["results"], seed=SEED)
+        words = sum(len(ref) for _, ref, _ in entry["results"])
+        errors = round(wer * words / 100)
+        test_sets[part] = WerResult(wer=wer, lo=lo, hi=hi, errors=errors, words=words)
+    test_entries = decoded["test_sets"].values()
+    return StudentResult(
+        name=name,
+        distillation=kind,
+        streaming=decoded["streaming"],
+        test_sets=test_sets,
+        origin=Origin(
+            command,
+            _stamp(exp_dir, f"student-{student}")[:12],
+            settings["device"],
+            settings["training"]["seed"],
+            _date(exp_dir / "stamps" / f"student-{student}"),
+        ),
+        label_bytes_per_hour=(
+            label_bytes_per_hour(data_dir / "labels" / labels) if has_labels else None
+        ),
+        training_seconds=last["seconds"],
+        num_params=decoded["num_params"],
+        rtf=sum(e["rtf"] for e in test_entries) / len(test_entries),
+        decoding=decoded["setting"],
+        epochs=settings["training"]["num_epochs"],
+        steps=last["step"],
+    )
 
 
 def _published_section(exp_dir: Path, data_dir: Path, labels: str, command: str) -> dict[str, Any]:
@@ -179,15 +198,22 @@ def kind_of(distillation: dict[str, Any]) -> tuple[str, bool]:
     return " + ".join(names), stored
 
 
+def compared(rows: list[StudentResult], decoded: Sequence[dict[str, Any]]) -> list[StudentResult]:
+    """``rows`` with the paired difference of each to the undistilled student of its kind.
+
+    Args:
+      decoded: of each row, as `read_decoded` gives it.
+    """
+    return [_compared(rows, row, decoded) for row in rows]
+
+
 def _compared(
-    rows: list[StudentResult], row: StudentResult, students: list[str], decoded: dict
+    rows: list[StudentResult], row: StudentResult, decoded: Sequence[dict[str, Any]]
 ) -> StudentResult:
-    """``row`` with the paired difference to the undistilled student of its kind."""
     base = undistilled(rows, row)
     if base is None or base is row:
         return row
-    here = decoded[students[rows.index(row)]]["test_sets"]
-    there = decoded[students[rows.index(base)]]["test_sets"]
+    here, there = (decoded[_place(rows, one)]["test_sets"] for one in (row, base))
     test_sets = {}
     for name, result in row.test_sets.items():
         paired = paired_difference(there[name]["results"], here[name]["results"], seed=SEED)
@@ -199,3 +225,8 @@ def _compared(
             p=paired["p"],
         )
     return replace(row, test_sets=test_sets)
+
+
+def _place(rows: list[StudentResult], row: StudentResult) -> int:
+    # Of the same object: rows of students with equal numbers are equal.
+    return next(place for place, other in enumerate(rows) if other is row)

@@ -34,6 +34,7 @@ class Origin:
     conf_hash: str  # of the settings, after all overrides
     device: str  # e.g. "cpu, 2 threads" or "NVIDIA H100"
     seed: int
+    date: str = ""  # when it was made, e.g. 2024-05-31; empty where that was not kept
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class StudentResult:
     rtf: float | None = None  # seconds of decoding per second of speech
     decoding: str = ""  # e.g. "modified beam search, beam 4"
     epochs: int | None = None
+    steps: int | None = None  # updates of the weights
     # Published WER by test set, and what published them.
     paper: dict[str, float] = field(default_factory=dict)
     paper_source: str = ""
@@ -179,14 +181,14 @@ def wer_table(
     """
     test_sets = all_test_sets(rows)
     if style == "markdown":
-        lines = _aligned(table_cells(rows, test_sets, named=True), "| ", " | ", " |")
+        lines = aligned(table_cells(rows, test_sets, named=True), "| ", " | ", " |")
     else:
         lines = []
         for test_set in test_sets:
             decoded = [row for row in rows if test_set in row.test_sets]
             lines += [
                 test_set,
-                *_aligned(table_cells(decoded, [test_set], named=False), "", "  ", ""),
+                *aligned(table_cells(decoded, [test_set], named=False), "", "  ", ""),
             ]
             lines += [""]
         lines = lines[:-1]
@@ -196,7 +198,8 @@ def wer_table(
     return "\n".join(lines) + "\n"
 
 
-def _aligned(lines: list[list[str]], left: str, between: str, right: str) -> list[str]:
+def aligned(lines: list[list[str]], left: str, between: str, right: str) -> list[str]:
+    """Lines of cells, the first of them the header, in columns of one width."""
     widths = [max(len(cells[c]) for cells in lines) for c in range(len(lines[0]))]
     lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
     return [
@@ -218,7 +221,7 @@ def results_document(
 
 
 def _check_origin(path: str | os.PathLike, where: str, section: Any) -> None:
-    wanted = {f.name for f in dataclasses.fields(Origin)}
+    wanted = {f.name for f in dataclasses.fields(Origin) if f.default is dataclasses.MISSING}
     origin = section.get("origin") if isinstance(section, Mapping) else None
     missing = wanted - set(origin) if isinstance(origin, Mapping) else wanted
     if missing:
@@ -245,6 +248,16 @@ def write_results_json(path: str | os.PathLike, document: Mapping[str, Any]) -> 
         ) from error
     with written_aside(path) as aside:
         aside.write_text(text + "\n", encoding="utf-8")
+
+
+def read_document(path: str | os.PathLike) -> dict[str, Any]:
+    """A whole ``results.json``.
+
+    Raises:
+      RecipeError: the file is missing, or not JSON of this form.
+    """
+    read_results(path)
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def read_results(path: str | os.PathLike) -> list[StudentResult]:

@@ -9,7 +9,7 @@ import soundfile
 from lhotse import CutSet, Recording
 
 from mvqkd.data.audio import bucketed_batches, collate_audio, load_audio
-from mvqkd.data.manifests import CheckSettings, prepare_part, read_cuts
+from mvqkd.data.manifests import CheckSettings, prepare_part, read_cuts, split_by_share
 from mvqkd.errors import RecipeError
 
 PART = "train-clean-100"
@@ -156,3 +156,19 @@ def test_batches_hold_every_cut_once_in_an_order_of_seed_and_epoch(plain_cuts, r
     single = CutSet.from_cuts([next(iter(plain_cuts))])
     assert [len(cuts) for cuts in bucketed_batches(single, 6, 1, 0)] == [1]
     assert not [w for w in recwarn if "eagerly" in str(w.message)]
+
+
+def test_shares_nest_and_keep_the_speeds_of_an_utterance_together(feature_cuts):
+    parts = {share: split_by_share(feature_cuts, share) for share in (0.25, 0.5, 1.0)}
+    ids = {share: {cut.id for cut in part[0]} for share, part in parts.items()}
+    assert ids[0.25] < ids[0.5] < ids[1.0] == {cut.id for cut in feature_cuts}
+    assert [len(ids[share]) for share in parts] == [3, 6, 12]  # of 4 at three speeds
+    assert len({id.split("_sp")[0] for id in ids[0.25]}) == 1
+    for taken, rest in parts.values():
+        assert sorted(cut.id for cut in [*taken, *rest]) == sorted(ids[1.0])
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 1.5, 0.1])
+def test_share_that_leaves_nothing_is_refused(feature_cuts, share):
+    with pytest.raises(RecipeError, match=f"transcribed_share {share}: "):
+        split_by_share(feature_cuts, share)

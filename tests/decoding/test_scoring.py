@@ -236,3 +236,14 @@ def test_paired_difference_refuses_other_utterances():
         scoring.paired_difference(a, [("utt-000", ["Z"], ["Z"]), *a[1:]])
     with pytest.raises(RecipeError, match="results b: cut utt-000 is there twice"):
         scoring.paired_difference(a, [*a, a[0]])
+
+
+def test_over_one_seed_is_as_without_seeds():
+    a = [("one", ["a", "b"], ["a"]), ("two", ["c"], ["c"]), ("three", ["d", "e"], ["x", "e"])]
+    b = [("one", ["a", "b"], ["a", "b"]), ("two", ["c"], ["c"]), ("three", ["d", "e"], ["x"])]
+    assert scoring.interval_over_seeds([a]) == scoring.wer_interval(a)
+    assert scoring.difference_over_seeds([(a, b)]) == scoring.paired_difference(a, b)
+    assert scoring.interval_over_seeds([a, a]) == scoring.wer_interval(a)
+    wer, low, high = scoring.interval_over_seeds([a, b])
+    assert low <= wer <= high and wer == 40.0
+    assert scoring.difference_over_seeds([(a, b), (b, a)])["delta"] == 0.0

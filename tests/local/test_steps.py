@@ -54,6 +54,15 @@ def test_conf_names_the_files_from_the_general_to_the_particular(shell):
     ]
 
 
+def test_conf_of_the_labels_and_of_the_call_come_last(shell, tmp_path):
+    own = ["conf/labels/n4/a.yaml", "egs/toy/conf/labels/n4/a.yaml", "mine/a.yaml"]
+    for path in own:
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text("key: 4\n")
+    done, _ = shell("labels=n4 overlay=mine; conf a")
+    assert done.stdout.split()[7::2] == own
+
+
 def test_conf_that_is_nowhere_is_an_error(shell):
     done, ran = shell('step one "" out/one work one out/one $(conf b)')
     assert done.returncode == 1 and ran == []
@@ -232,3 +241,29 @@ def test_launcher_starts_the_command_and_is_no_part_of_the_stamp(shell, tmp_path
     assert done.returncode == 0 and ran == ["one"]
     assert (tmp_path / "said").read_text().endswith("launched of\n")
     assert shell(STEP)[1] == []
+
+
+def test_dry_run_lists_what_is_to_do_and_runs_nothing(shell, tmp_path):
+    other = 'step three "" out/three work three out/three "a b"\n'
+    shell(TWO)
+    before = sorted(tmp_path.rglob("*"))
+    dry = "dry_run=true; begin_plan\n" + TWO + other + 'cat "$mvqkd_plan"; rm "$mvqkd_plan"'
+    done, ran = shell(dry)
+    assert ran == [] and sorted(tmp_path.rglob("*")) == before
+    assert done.stdout.splitlines() == [
+        "one done work one out/one --config conf/a.yaml --config conf/laptop/a.yaml "
+        "--config egs/toy/conf/tiny/a.yaml ",
+        "two done work two out/two ",
+        "three todo work three out/three a\\ b ",
+    ]
+    # What is after a step that is to be made again, too.
+    done, _ = shell(dry.replace("$(conf a)", "--seed 3"))
+    assert [line.split()[1] for line in done.stdout.splitlines()] == ["todo", "todo", "todo"]
+
+
+def test_script_that_is_called_adds_to_the_list_and_shows_nothing(shell):
+    done, _ = shell(
+        "dry_run=true; begin_plan\n(begin_plan; " + STEP.strip() + "; show_plan)\n"
+        'cat "$mvqkd_plan"; rm "$mvqkd_plan"; $own_plan'
+    )
+    assert done.returncode == 0 and done.stdout.startswith("one todo work one out/one")

@@ -1,0 +1,209 @@
+"""A grid: which students answer one question, as the confs that make them differ.
+
+::
+
+    name: codebooks
+    corpus: mini
+    size: small
+    seeds: [1, 2, 3]
+    cells:
+      none: {confs: distillation/none}
+      mvq-n4: {confs: distillation/mvq, labels: n4, like: mvq}
+
+Each cell is one line of a students file for each seed, and what it changes in the confs is one more
+conf file; run.sh does the rest.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mvqkd.errors import RecipeError
+from mvqkd.files import written_aside
+
+# run.sh takes a name of a student as one word and as a folder.
+_ALLOWED = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_+.")
+
+
+@dataclass
+class Cell:
+    """One student, for every seed of the grid."""
+
+    # Conf files on top of student.yaml and training.yaml, as in students.txt.
+    confs: str
+    # The set of labels that it learns from: --labels of run.sh.
+    labels: str = "mvq"
+    # Values on top of these files, as a conf file has them.
+    values: dict[str, Any] = field(default_factory=dict)
+    # How tables call it. It is compared with the undistilled student of the same name.
+    student: str = "conformer"
+    # Whose training takes as long: a key of the rates, and what measured times are shared by.
+    # Empty: the cell itself.
+    like: str = ""
+
+
+@dataclass
+class Rates:
+    """Seconds that things take while nothing has been measured here."""
+
+    # Where these were measured, in words.
+    measured: str = "nowhere"
+    # A set of labels: stages 3 to 5.
+    labels: float = 0.0
+    # What any run needs first: stages 0 to 2.
+    first: float = 0.0
+    # Training and decoding of a student, by what it is like.
+    students: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class GridSettings:
+    """The question, and the students that answer it."""
+
+    name: str
+    # In words, for the page of results.
+    question: str
+    corpus: str
+    cells: dict[str, Cell]
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    size: str = ""
+    split: str = ""
+    rates: Rates = field(default_factory=Rates)
+
+
+@dataclass(frozen=True)
+class Student:
+    """A cell with one seed."""
+
+    cell_name: str
+    cell: Cell
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell_name}-seed{self.seed}"
+
+    @property
+    def like(self) -> str:
+        return self.cell.like or self.cell_name
+
+
+def students_of(grid: GridSettings) -> list[Student]:
+    """All of them, the first seed of every cell first, so that a table fills evenly.
+
+    Raises:
+      RecipeError: nothing to run, or a name that cannot be a folder's.
+    """
+    if not grid.cells or not grid.seeds:
+        raise RecipeError(f"grid {grid.name}: has no cell or no seed; give at least one of each")
+    for name in (grid.name, *grid.cells):
+        if not name or set(name) - _ALLOWED:
+            raise RecipeError(f"grid {grid.name}: name '{name}': use letters, digits and -_+.")
+    return [Student(name, cell, seed) for seed in grid.seeds for name, cell in grid.cells.items()]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a recipe keeps its runs, relative to the recipe."""
+
+    exp: Path
+    data: Path
+
+    @property
+    def overlay(self) -> Path:
+        """Confs of the cells of all grids."""
+        return self.exp / "grids" / "conf"
+
+    def students_file(self, grid: GridSettings) -> Path:
+        return self.exp / "grids" / grid.name / "students.txt"
+
+    def results(self, grid: GridSettings) -> Path:
+        return self.exp / "grids" / grid.name / "results.json"
+
+
+_PLACES = (
+    "set -e; corpus=$1 size=$2 split=$3 dl_dir= caller=$PWD; . local/recipe.sh; echo $exp $data"
+)
+
+
+def places_of(grid: GridSettings) -> Places:
+    """As run.sh finds them, which knows the recipe's name.
+
+    Raises:
+      RecipeError: there is no such corpus or size.
+    """
+    done = subprocess.run(
+        ["bash", "-c", _PLACES, f"grid {grid.name}", grid.corpus, grid.size, grid.split],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise RecipeError(done.stderr.strip())
+    exp, data = done.stdout.split()
+    return Places(Path(exp), Path(data))
+
+
+def _leave(path: Path, text: str) -> None:
+    # One that is right already may be in use by another process.
+    if not path.exists() or path.read_text() != text:
+        with written_aside(path) as aside:
+            aside.write_text(text)
+
+
+def write_confs(grid: GridSettings, places: Places) -> None:
+    """The students file of the grid, and the conf files that its lines name.
+
+    Cells of other grids with the same name and the same meaning are the same students.
+
+    Raises:
+      RecipeError: another grid has a cell of this name that means something else.
+    """
+    cells_file = places.exp / "grids" / "cells.yaml"
+    known = yaml.safe_load(cells_file.read_text()) if cells_file.exists() else {}
+    lines = []
+    for student in students_of(grid):
+        cell = student.cell
+        meaning = {"confs": cell.confs, "labels": cell.labels, "values": cell.values}
+        other = known.setdefault(student.cell_name, {"grid": grid.name, **meaning})
+        if other["grid"] == grid.name:
+            other.update(meaning)
+        elif {**other, "grid": ""} != {**meaning, "grid": ""}:
+            raise RecipeError(
+                f"grid {grid.name}: cell {student.cell_name} means something else in grid "
+                f"{other['grid']}; give it another name"
+            )
+        words = [student.name, cell.confs]
+        if cell.values:
+            words.append(f"cells/{student.cell_name}")
+            text = yaml.safe_dump(cell.values, sort_keys=False)
+            _leave(places.overlay / f"cells/{student.cell_name}.yaml", text)
+        words.append(f"seeds/{student.seed}")
+        seed_conf = yaml.safe_dump({"training": {"seed": student.seed}})
+        _leave(places.overlay / f"seeds/{student.seed}.yaml", seed_conf)
+        lines.append(" ".join(words))
+    _leave(places.students_file(grid), "\n".join(lines) + "\n")
+    _leave(cells_file, yaml.safe_dump(known))
+
+
+def run_command(
+    grid: GridSettings, places: Places, students: Sequence[Student], device: str
+) -> list[str]:
+    """The call of run.sh that trains and decodes ``students``, who share a set of labels."""
+    options = {
+        "--corpus": grid.corpus,
+        "--size": grid.size,
+        "--split": grid.split,
+        "--device": device,
+        "--labels": students[0].cell.labels,
+        "--students-file": str(places.students_file(grid)),
+        "--overlay": str(places.overlay),
+        "--students": " ".join(student.name for student in students),
+    }
+    words = [word for option, value in options.items() if value for word in (option, value)]
+    return ["./run.sh", *words, "--num-jobs", "1", "--stop-stage", "7"]

@@ -1,0 +1,263 @@
+"""Grids over a run.sh that trains nothing: what is run, resumed, shared and gathered."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mvqkd import cli
+from mvqkd.data.shards import taken
+from mvqkd.errors import RecipeError
+from mvqkd.experiments.grid import GridSettings, places_of, students_of, write_confs
+from mvqkd.experiments.runner import Calls, estimate, run_grid
+from mvqkd.report.grids import collect_grid
+from mvqkd.report.table import read_results, write_results_json
+
+ROOT = Path(__file__).parents[2]
+GRIDS = sorted(ROOT.glob("egs/*/conf/grids/*.yaml"))
+# Leaves what stages 6 and 7 leave; the seed decides how many words a student gets wrong.
+FAKE = r"""#!/usr/bin/env bash
+set -euo pipefail
+while (($#)); do
+    name=${1#--}
+    declare "${name//-/_}=$2"
+    shift 2
+done
+echo "$students $labels" >>ran
+[[ ! -e broken-$students ]] || { echo "broken on purpose"; exit 1; }
+grep -q "^$students " "$students_file"
+seed=${students##*-seed}
+[[ $(cat "$overlay/seeds/$seed.yaml") == *"seed: $seed"* ]]
+exp=exp/toy
+mkdir -p "$exp/stamps" "$exp/$students"
+kind=$(sed -n "s/^$students .*distillation\/\([^ ]*\).*/\1/p" "$students_file")
+hyp='["a","b"]'; [[ $kind != none ]] || hyp='["a"]'
+(( seed != 2 )) || hyp='["a"]'
+echo '{"distillation": {"kind": "'$kind'"}, "device": "cpu", "training": {"seed": '$seed',
+    "num_epochs": 3}}' >"$exp/$students/settings.json"
+echo '{"kind": "train", "step": 50, "epoch": 3, "seconds": 100}' >"$exp/$students/log.jsonl"
+echo '{"setting": "greedy", "streaming": false, "num_params": 9, "test_sets": {"test": {"rtf": 0.1,
+    "results": [["one", ["a", "b"], '$hyp'], ["two", ["a", "b"], ["a", "b"]]]}}}' \
+    >"$exp/$students/decoded.json"
+for step in student decode; do
+    echo 0123456789abcdef >"$exp/stamps/$step-$students"
+    echo 10 >"$exp/stamps/$step-$students.seconds"
+done
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """The folder of a recipe whose corpus is a toy."""
+    (tmp_path / "run.sh").write_text(FAKE)
+    (tmp_path / "run.sh").chmod(0o755)
+    (tmp_path / "egs/toy").mkdir(parents=True)
+    (tmp_path / "egs/toy/recipe.sh").write_text("name=toy\n")
+    (tmp_path / "local").mkdir()
+    shutil.copy(ROOT / "local/recipe.sh", tmp_path / "local")
+    labels = tmp_path / "data/toy/labels/mvq"
+    labels.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mvqkd.report.collect.label_bytes_per_hour", lambda folder: 1e6)
+    for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+CONF = {
+    "name": "one",
+    "question": "Does it help?",
+    "corpus": "toy",
+    "seeds": [1, 2],
+    "cells": {
+        "none": {"confs": "distillation/none"},
+        "mvq": {"confs": "distillation/mvq"},
+        "mvq-n4": {"confs": "distillation/mvq", "labels": "n4", "like": "mvq",
+                   "values": {"distillation": {"layer": 2}}},
+    },
+    "rates": {"measured": "a desk", "first": 40.0, "labels": 60.0,
+              "students": {"none": 100.0, "mvq": 200.0}},
+}  # fmt: skip
+
+
+def grid_of(recipe, **changes) -> GridSettings:
+    path = recipe / "grid.yaml"
+    path.write_text(yaml.safe_dump({**CONF, **changes}, sort_keys=False))
+    return cli.parse(GridSettings, ["--config", str(path)])[0]
+
+
+def run(grid, num_jobs=1, when_done=lambda: None):
+    places = places_of(grid)
+    write_confs(grid, places)
+    calls = Calls(grid, places, "cpu", places.exp / "grids" / grid.name / "logs")
+    return run_grid(grid, places, calls, num_jobs, when_done)
+
+
+def ran(recipe) -> list[str]:
+    """Of the last run."""
+    path = recipe / "ran"
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return lines
+
+
+ALL = ["none-seed1 mvq", "mvq-seed1 mvq", "mvq-n4-seed1 n4"]
+ALL += [line.replace("seed1", "seed2") for line in ALL]
+
+
+def test_runs_every_student_with_its_confs(recipe):
+    assert run(grid_of(recipe)) == []
+    assert ran(recipe) == ALL
+    conf = recipe / "exp/toy/grids/conf"
+    assert yaml.safe_load((conf / "cells/mvq-n4.yaml").read_text()) == {
+        "distillation": {"layer": 2}
+    }
+    assert (recipe / "exp/toy/grids/one/students.txt").read_text().splitlines()[2] == (
+        "mvq-n4-seed1 distillation/mvq cells/mvq-n4 seeds/1"
+    )
+
+
+def test_one_that_fails_keeps_none_of_the_others(recipe):
+    (recipe / "broken-mvq-seed1").touch()
+    assert run(grid_of(recipe), num_jobs=2) == ["mvq-seed1"]
+    assert sorted(ran(recipe)) == sorted(ALL)
+    log = recipe / "exp/toy/grids/one/logs/mvq-seed1.log"
+    assert log.read_text() == "broken on purpose\n"
+
+
+def test_processes_begin_elsewhere_and_leave_what_others_have(recipe, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    grid = grid_of(recipe)
+    locks = recipe / "exp/toy/grids/locks"
+    locks.mkdir(parents=True)
+    with taken(locks / "mvq-seed1.lock", False) as mine:
+        assert mine
+        assert run(grid) == []
+    assert ran(recipe) == [*ALL[3:], ALL[0], ALL[2]]
+
+
+def test_says_how_long_it_takes(recipe):
+    grid = grid_of(recipe)
+    places = places_of(grid)
+    plan = estimate(grid, places, 1)
+    # First 40, two sets of labels of 60, and 2 x (100 + 200 + 200).
+    assert (plan.seconds, plan.num_measured, len(plan.left)) == (1160, 0, 6)
+    assert plan.in_words(6, "a desk") == (
+        "0 of 6 students are done; the other 6 will take 0 h 19 min (0 of them by times measured "
+        "here, the others by rates of a desk)"
+    )
+    assert estimate(grid, places, 4).seconds == 290
+    (recipe / "broken-mvq-n4-seed2").touch()
+    run(grid)
+    plan = estimate(grid, places, 1)
+    # 100 s of training by its log, 10 of decoding; the sets of labels are still not there.
+    assert [student.name for student in plan.left] == ["mvq-n4-seed2"]
+    assert (plan.seconds, plan.num_measured) == (40 + 60 + 110, 1)
+
+
+def test_one_that_is_trained_anew_is_not_done(recipe):
+    grid = grid_of(recipe)
+    run(grid)
+    (recipe / "exp/toy/mvq-seed1/decoded.json").unlink()
+    assert [student.name for student in estimate(grid, places_of(grid), 1).left] == ["mvq-seed1"]
+    rows = collect_grid(grid, places_of(grid), "COMMAND")["students"]
+    assert len(rows) == 5
+
+
+def test_unknown_rate_is_refused(recipe):
+    grid = grid_of(recipe, rates={"students": {"none": 1.0}})
+    with pytest.raises(RecipeError, match=r"cell mvq: rates\.students has no 'mvq'; add"):
+        estimate(grid, places_of(grid), 1)
+
+
+def test_grids_share_students_that_mean_the_same(recipe):
+    run(grid_of(recipe))
+    cells = {"mvq": {**CONF["cells"]["mvq"], "student": "another name in tables"}}
+    other = grid_of(recipe, name="two", cells=cells)
+    assert estimate(other, places_of(other), 1).left == []
+    write_confs(other, places_of(other))
+    other = grid_of(recipe, name="two", cells={"mvq": {"confs": "streaming distillation/mvq"}})
+    with pytest.raises(RecipeError, match="cell mvq means something else in grid one"):
+        write_confs(other, places_of(other))
+
+
+def test_results_hold_students_and_cells(recipe):
+    grid = grid_of(recipe)
+    (recipe / "broken-mvq-n4-seed1").touch()
+    (recipe / "broken-mvq-n4-seed2").touch()
+    run(grid)
+    path = places_of(grid).results(grid)
+    write_results_json(path, collect_grid(grid, places_of(grid), "python3 local/experiment.py"))
+    rows = read_results(path)
+    assert [(row.distillation, row.origin.seed) for row in rows] == [
+        ("none", 1), ("mvq", 1), ("none", 2), ("mvq", 2)
+    ]  # fmt: skip
+    assert rows[1].test_sets["test"].delta == -25.0 and rows[3].test_sets["test"].delta == 0.0
+    assert rows[1].steps == 50 and rows[1].origin.date
+    assert "--students mvq-seed1" in rows[1].origin.command
+    none, mvq, missing = json.loads(path.read_text())["grid"]["cells"]
+    assert missing["seeds_done"] == [] and "test_sets" not in missing
+    assert (
+        none["test_sets"]["test"]["wer"] == 25.0 and "difference" not in none["test_sets"]["test"]
+    )
+    assert mvq["test_sets"]["test"]["of_seeds"] == [0.0, 25.0]
+    assert mvq["test_sets"]["test"]["wer"] == 12.5
+    assert mvq["test_sets"]["test"]["difference"]["delta"] == -12.5
+    assert mvq["seconds_per_step"] == 2.0 and mvq["label_bytes_per_hour"] == 1e6
+
+
+def test_script_fills_results_and_resumes(recipe):
+    grid_of(recipe, cells={"none": CONF["cells"]["none"]})
+    command = [sys.executable, str(ROOT / "local/experiment.py"), "--config", "grid.yaml"]
+    (recipe / "broken-none-seed2").touch()
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "one: 0 of 2 students are done; the other 2 will take 0 h 0" in done.stderr
+    assert done.stderr.splitlines()[-1].endswith(
+        "exp/toy/grids/one/logs/none-seed2.log: 1 students failed, none-seed2; mend what it says "
+        "and call again"
+    )
+    results = json.loads((recipe / "exp/toy/grids/one/results.json").read_text())
+    assert results["grid"]["cells"][0]["seeds_done"] == [1]
+
+
+def test_ended_calls_start_nothing_more(recipe):
+    grid = grid_of(recipe)
+    places = places_of(grid)
+    write_confs(grid, places)
+    os.mkfifo(recipe / "at")
+    (recipe / "run.sh").write_text("#!/usr/bin/env bash\necho >at\nread <never\n")
+    os.mkfifo(recipe / "never")
+    calls = Calls(grid, places, "cpu", recipe / "logs")
+    statuses = []
+    thread = threading.Thread(target=lambda: statuses.append(calls(students_of(grid)[0], 1)))
+    thread.start()
+    (recipe / "at").read_text()
+    calls.end()
+    thread.join()
+    assert statuses == [-15] and calls(students_of(grid)[1], 1) == 143
+
+
+def test_shipped_grids_are_whole(tmp_path):
+    cells = {}
+    for path in GRIDS:
+        grid = cli.parse(GridSettings, ["--config", str(path)])[0]
+        assert grid.name == path.stem
+        for student in students_of(grid):
+            cell = student.cell
+            meaning = (cell.confs, cell.labels, cell.values)
+            assert cells.setdefault((grid.corpus, student.cell_name), meaning) == meaning
+            assert student.like in grid.rates.students, (grid.name, student.name)
+            for conf in cell.confs.split():
+                assert (ROOT / "conf" / f"{conf}.yaml").exists(), (grid.name, conf)
+            own = [ROOT / "conf/labels", ROOT / "egs" / grid.corpus / "conf/labels"]
+            assert cell.labels == "mvq" or any((f / cell.labels).is_dir() for f in own)
+    assert len(GRIDS) >= 7

@@ -1,0 +1,78 @@
+"""What steps would cost, by rates."""
+
+import pytest
+
+from mvqkd import cli
+from mvqkd.errors import RecipeError
+from mvqkd.report.costs import Cost, CostSettings, cost_of, plan_text
+from tests.recipe_copy import ROOT
+
+CONF = """
+measured: a desk
+speech: {train: 10, test: 2}
+steps:
+  labels: {speech: train, seconds_per_hour: 30, bytes_per_hour: 1.5e+6, memory: 2.5}
+  student: {speech: train, seconds: 60, seconds_per_hour: 20, epochs: true, bytes: 5.0e+6}
+  student-streaming: {speech: train, seconds_per_hour: 40, epochs: true, memory: 4}
+  corpus: {speech: corpus, seconds_per_hour: 1, bytes: 7}
+"""
+
+
+@pytest.fixture
+def settings(tmp_path) -> CostSettings:
+    (tmp_path / "costs.yaml").write_text(CONF)
+    return cli.parse(CostSettings, ["--config", str(tmp_path / "costs.yaml")])[0]
+
+
+@pytest.fixture
+def training(tmp_path) -> str:
+    """A training whose last word on epochs is 3."""
+    (tmp_path / "a.yaml").write_text("training: {num_epochs: 8, lr: 1}\n")
+    (tmp_path / "b.yaml").write_text("training: {num_epochs: 3}\n")
+    (tmp_path / "c.yaml").write_text("distillation: {kind: mvq}\n")
+    names = [f"--config {tmp_path}/{name}.yaml" for name in "abc"]
+    return f"python3 train.py {' '.join(names)} --device cpu"
+
+
+def test_rates_times_hours_and_epochs(settings, training):
+    assert cost_of("labels-n4", [], settings) == Cost(300, 15e6, 2.5)
+    words = training.split()
+    assert cost_of("student-mvq", words, settings) == Cost(60 + 3 * 200, 5e6, None)
+    assert cost_of("student-streaming-mvq", words, settings) == Cost(1200, None, 4)
+
+
+def test_what_was_not_measured(settings):
+    assert cost_of("decode-mvq", [], settings) == Cost(None, None, None)
+    # How much speech the corpus has is not said.
+    assert cost_of("corpus", [], settings) == Cost(None, 7, None)
+
+
+def test_training_without_epochs_is_refused(settings):
+    with pytest.raises(RecipeError, match=r"no conf has training\.num_epochs"):
+        cost_of("student-mvq", ["train.py"], settings)
+
+
+def test_plan_in_words(settings, training):
+    plan = f"corpus done make\nlabels-mvq todo dump a\\ b \nstudent-mvq todo {training} \n"
+    plan += "decode-mvq todo decode \n"
+    assert plan_text(plan, settings).splitlines() == [
+        "# corpus: done already",
+        "# labels-mvq: time 5m00s, disk 15.0 MB, memory 2.5 GB",
+        "dump a\\ b",
+        "# student-mvq: time 11m00s, disk 5.0 MB, memory not measured",
+        training,
+        "# decode-mvq: time not measured, disk not measured, memory not measured",
+        "decode",
+        "# 3 steps to do: time 16m00s, disk 20.0 MB, memory 2.5 GB",
+        "# time of 1 of these: not measured, and not in the sum",
+        "# disk of 1 of these: not measured, and not in the sum",
+        "# memory of 2 of these: not measured, and not in the sum",
+        "# rates: a desk",
+    ]
+
+
+def test_shipped_rates_are_read():
+    files = sorted([*ROOT.glob("conf/**/costs.yaml"), *ROOT.glob("egs/*/conf/**/costs.yaml")])
+    assert len(files) > 5
+    for path in files:
+        assert cli.parse(CostSettings, ["--config", str(path)])[0]

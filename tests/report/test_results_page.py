@@ -1,0 +1,143 @@
+"""The page of results: what is there, what is missing, and where numbers came from."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import yaml
+
+from mvqkd import cli
+from mvqkd.errors import RecipeError
+from mvqkd.experiments.grid import GridSettings
+from mvqkd.report.grids import conf_hash
+from mvqkd.report.results_page import results_page
+from tests.recipe_copy import ROOT
+
+ORIGIN = {"command": "./run.sh --toy", "conf_hash": "0123456789ab", "device": "cpu", "seed": 1}
+ROW = {
+    "name": "conformer", "distillation": "none", "streaming": False,
+    "test_sets": {"test": {"wer": 25.0, "lo": 20.0, "hi": 30.0, "errors": 1, "words": 4}},
+    "origin": {**ORIGIN, "date": "2024-05-31"}, "epochs": 3,
+}  # fmt: skip
+RUN = {
+    "students": [ROW],
+    "teacher": {"wer": {"test": 9.0}, "origin": {**ORIGIN, "seed": None}},
+    "quantizer": {"rrl": {"0": 0.3, "5": 0.25}, "num_codebooks": 8, "origin": ORIGIN},
+}
+CONF = {
+    "name": "bytes", "question": "How many?", "corpus": "toy", "seeds": [1, 2],
+    "cells": {
+        "none": {"confs": "distillation/none"},
+        "mvq": {"confs": "distillation/mvq"},
+        "mvq-n4": {"confs": "distillation/mvq", "labels": "n4"},
+    },
+}  # fmt: skip
+DONE = {
+    "student": "conformer", "labels": "mvq", "values": {}, "seeds_done": [1, 2],
+    "streaming": False, "training_seconds": 100.0, "seconds_per_step": 0.25,
+    "conf_hashes": ["aaaa", "bbbb"], "dates": ["2024-05-31", "2024-06-01"],
+}  # fmt: skip
+DIFFERENCE = {"delta": -12.5, "lo": -15.0, "hi": -9.0, "p": 0.0002}
+
+
+@pytest.fixture
+def grid(tmp_path) -> GridSettings:
+    path = tmp_path / "egs/toy/conf/grids/bytes.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(yaml.safe_dump(CONF, sort_keys=False))
+    return cli.parse(GridSettings, ["--config", str(path)])[0]
+
+
+def of_grid(grid) -> dict:
+    wer = {"wer": 25.0, "lo": 20.0, "hi": 30.0, "of_seeds": [25.0, 25.0]}
+    none = {**DONE, "cell": "none", "confs": "distillation/none", "distillation": "none"}
+    none |= {"test_sets": {"test": wer}, "label_bytes_per_hour": None}
+    mvq = {**DONE, "cell": "mvq", "confs": "distillation/mvq", "distillation": "mvq"}
+    mvq |= {"test_sets": {"test": {**wer, "wer": 12.5, "difference": DIFFERENCE}}}
+    mvq |= {"label_bytes_per_hour": 1.9e6}
+    missing = {"cell": "mvq-n4", "confs": "distillation/mvq", "labels": "n4", "values": {}}
+    origin = {**ORIGIN, "command": "local/experiment.py", "conf_hash": conf_hash(grid)}
+    cells = [none, mvq, {**missing, "seeds_done": []}]
+    return {"students": [ROW], "grid": {"name": "bytes", "cells": cells, "origin": origin}}
+
+
+def page_of(tmp_path, grids, notes="", **documents) -> str:
+    paths = []
+    for name, document in documents.items():
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps(document))
+    return results_page("toy", paths, grids, notes, "COMMAND")
+
+
+def cells_of(page, name) -> list[str]:
+    """Of the first row that begins with ``name``."""
+    line = next(line for line in page.splitlines() if line.startswith(f"| {name} "))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_run_has_its_table_and_origin(tmp_path):
+    page = page_of(tmp_path, [], "## Notes\n\nMine.\n", small=RUN)
+    assert page.startswith("<!-- Made by `COMMAND` from ")
+    assert "## small" in page and "25.00 [20.00, 30.00]" in page
+    assert (
+        "Teacher, WER by greedy CTC: test 9.00." in page
+        and "Codebooks: 8, RRL 0.250 after 5 rounds" in page
+    )
+    assert "`./run.sh --toy`" in page
+    assert "| none      | 0123456789ab | 1    | cpu    | 2024-05-31 |" in page
+    assert page.endswith("## Notes\n\nMine.\n")
+
+
+def test_grid_says_what_was_found_and_what_was_not_measured(tmp_path, grid):
+    page = page_of(tmp_path, [grid], found=of_grid(grid))
+    assert "## Grid bytes\n\nHow many?\n" in page
+    assert cells_of(page, "mvq") == [
+        "mvq", "conformer", "mvq", "no", "mvq", "2 of 2", "12.50 [20.00, 30.00]",
+        "-12.50 [-15.00, -9.00]", "0.0002", "1.9 MB", "0.250", "1m40s",
+    ]  # fmt: skip
+    assert cells_of(page, "none")[6:9] == ["25.00 [20.00, 30.00]", "-", "-"]
+    assert cells_of(page, "mvq-n4")[5:7] == ["0 of 2", "not measured"]
+    assert f"`local/experiment.py`; conf of the grid {conf_hash(grid)}; cpu." in page
+    assert "aaaa, bbbb" in page and "2024-05-31, 2024-06-01" in page
+    assert "has changed since" not in page
+
+
+def test_grid_that_never_ran(tmp_path, grid):
+    page = page_of(tmp_path, [grid], "Mine.\n", small=RUN)
+    assert page.count("not measured") == 3
+    assert page.index("## small") < page.index("Mine.") < page.index("## Grid bytes")
+    assert "`python3 local/experiment.py --config egs/toy/conf/grids/bytes.yaml`" in page
+
+
+def test_cell_that_meant_something_else_is_not_measured(tmp_path, grid):
+    document = of_grid(grid)
+    grid.cells["mvq"].values = {"distillation": {"layer": 2}}
+    page = page_of(tmp_path, [grid], found=document)
+    assert cells_of(page, "mvq")[5:7] == ["0 of 2", "not measured"]
+    assert f"The conf of the grid has changed since, and is now {conf_hash(grid)}." in page
+
+
+def test_results_of_an_unknown_grid_are_refused(tmp_path, grid):
+    with pytest.raises(RecipeError, match="results of grid bytes: egs/toy/conf/grids has none"):
+        page_of(tmp_path, [], found=of_grid(grid))
+
+
+def test_script_keeps_what_it_takes(tmp_path, grid, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "local"))
+    script = __import__("results_page")
+    (tmp_path / "exp/toy-small").mkdir(parents=True)
+    (tmp_path / "exp/toy-small/results.json").write_text(json.dumps(RUN))
+    (tmp_path / "exp/grid.json").write_text(json.dumps(of_grid(grid)))
+    (tmp_path / "egs/toy/notes.md").write_text("Mine.\n")
+    take = "[exp/toy-small/results.json, exp/grid.json]"
+    script.main(cli.parse(script.Settings, ["--corpus", "toy", "--take", take])[0])
+    page = (tmp_path / "egs/toy/RESULTS.md").read_text()
+    kept = {path.name for path in (tmp_path / "egs/toy/results").iterdir()}
+    assert kept == {"toy-small.json", "grid-bytes.json"}
+    shutil.rmtree(tmp_path / "exp")
+    script.main(cli.parse(script.Settings, ["--corpus", "toy"])[0])
+    assert (tmp_path / "egs/toy/RESULTS.md").read_text() == page
+    assert "## toy-small" in page and page.endswith("Mine.\n")
+    sys.modules.pop("results_page")
