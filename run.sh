@@ -199,7 +199,7 @@ if makes_labels 1; then
                 "$exp/teacher-pretrained-first" \
                 $(conf teacher-model teacher-pretraining teacher-pretraining-second)
             teacher_init=""
-            first_after=teacher-pretrained
+            first_after="teacher-pretrained"
             first_init=(--init "$exp/teacher-pretrained")
         fi
         if [[ -z $teacher_init ]]; then
