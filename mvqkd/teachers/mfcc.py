@@ -5,6 +5,7 @@ B: utterances, L: samples, T: frames of 10 ms, C: cepstra, D: dimension (39).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +32,12 @@ class Mfcc(Teacher):
 
     def __init__(self) -> None:
         super().__init__()
-        self._mfcc = Wav2MFCC(SAMPLE_RATE, snip_edges=True)
+        with warnings.catch_warnings():
+            # Windows inside the audio alone, as a teacher's, suit no manifest of features, which
+            # this is not for; and its mel scale is numpy of an older version's manners.
+            warnings.filterwarnings("ignore", message="Setting snip_edges")
+            warnings.filterwarnings("ignore", message="__array_wrap__")
+            self._mfcc = Wav2MFCC(SAMPLE_RATE, snip_edges=True)
 
     def _layers(
         self, prepared_BL: torch.Tensor, lengths_B: torch.Tensor, layers: Sequence[int]

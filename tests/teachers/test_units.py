@@ -54,7 +54,7 @@ def test_kmeans_finds_what_is_there():
     figures = unit_figures(x_FD, found_KD)
     assert figures["perplexity"] == pytest.approx(5, rel=1e-6) and figures["used"] == 1
     assert figures["error"] < 0.01
-    one_KD = found_KD[:1].repeat(5, 1)
+    one_KD = torch.cat([found_KD[:1], found_KD[1:] + 100])
     assert unit_figures(x_FD, one_KD)["used"] == pytest.approx(0.2)
     assert unit_figures(x_FD, one_KD)["perplexity"] == pytest.approx(1)
 
