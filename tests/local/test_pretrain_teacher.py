@@ -1,5 +1,6 @@
 """local/pretrain_teacher.py: two rounds on a dozen utterances, then CTC from what they made."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -9,18 +10,22 @@ import pytest
 import torch
 import yaml
 from lhotse import CutSet
+from transformers import HubertConfig, HubertModel
 
 from local.pretrain_teacher import Settings, main
 from local.train_teacher import Settings as CtcSettings
 from local.train_teacher import main as train_ctc
+from mvqkd.cli import parse
 from mvqkd.data.labels import LabelSettings
 from mvqkd.data.manifests import write_cuts
 from mvqkd.errors import RecipeError
 from mvqkd.teachers import load_teacher
 from mvqkd.teachers.ctc import SYMBOLS, HubertSettings
+from mvqkd.teachers.pretraining import PredictionSettings
 from mvqkd.teachers.units import KMeansSettings, UnitSettings
 from mvqkd.training.loop import TrainingSettings
 from tests.conftest import ROOT, tiny_hubert
+from tests.recipe_copy import begun_steps, copy_checkout
 
 TRAINING = TrainingSettings(num_epochs=1, optimizer="adamw", lr=1e-3, log_every_steps=1)
 
@@ -28,8 +33,9 @@ TRAINING = TrainingSettings(num_epochs=1, optimizer="adamw", lr=1e-3, log_every_
 @pytest.fixture(scope="module")
 def manifests(plain_cuts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("manifests")
-    cuts = list(plain_cuts)[:12]
-    for name, part in (("train", cuts[2:]), ("dev", cuts[:2])):
+    cuts = list(plain_cuts + plain_cuts.perturb_speed(0.9))[:12]
+    assert len(cuts) == 12
+    for name, part in (("train", cuts[3:]), ("dev", cuts[:3])):
         write_cuts(CutSet.from_cuts(part), folder / f"{name}.jsonl.gz")
     return {
         "train_manifests": [folder / "train.jsonl.gz"],
@@ -127,3 +133,96 @@ def test_two_processes_from_the_command_line(manifests, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     origin = json.loads((tmp_path / "first/origin.json").read_text())
     assert origin["num_processes"] == 2 and origin["units"]["number"] == 5
+
+
+# Notes its options, and leaves what they promise.
+FAKE_PYTHON = """#!/usr/bin/env bash
+echo "$@" >>"$SEEN"
+while (($#)); do
+    case $1 in --work_dir | --out_dir) mkdir -p "$2" ;; esac
+    shift
+done
+"""
+
+
+@pytest.fixture
+def stage_one(tmp_path):
+    """Runs stage 1 of run.sh with that for a Python; what began, and the options of each."""
+    folder = copy_checkout(tmp_path / "recipe")
+    (folder / ".venv").unlink()
+    (folder / ".venv/bin").mkdir(parents=True)
+    (folder / ".venv/bin/python3").write_text(FAKE_PYTHON)
+    (folder / ".venv/bin/python3").chmod(0o755)
+    digest = hashlib.sha256((folder / "requirements.lock").read_bytes()).hexdigest()
+    (folder / ".venv/lock-hash").write_text(f"{digest}  -\n")
+    seen = tmp_path / "seen"
+
+    def run(*args):
+        seen.write_text("")
+        command = ["bash", "run.sh", "--stage", "1", "--stop-stage", "1", *args]
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env={**os.environ, "SEEN": str(seen)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return begun_steps(done), [line.split() for line in seen.read_text().splitlines()]
+
+    run.folder = folder
+    return run
+
+
+def value_of(option, words):
+    return words[words.index(option) + 1]
+
+
+def test_run_sh_pretrains_where_it_is_asked_to(stage_one):
+    args = ("--size", "smoke", "--train-teacher", "true")
+    assert stage_one(*args)[0] == ["teacher-first", "teacher"]
+    steps = ["teacher-pretrained-first", "teacher-pretrained", "teacher-first", "teacher"]
+    begun, (first, second, ctc, tuning) = stage_one(*args, "--pretrain-teacher", "true")
+    assert begun == steps
+    exp = "exp/mini-smoke"
+    assert [words[0] for words in (first, ctc)] == [
+        "local/pretrain_teacher.py",
+        "local/train_teacher.py",
+    ]
+    assert value_of("--units", first) == "mfcc"
+    assert value_of("--units", second) == value_of("--out_dir", first)
+    assert value_of("--init", ctc) == value_of("--out_dir", second) == f"{exp}/teacher-pretrained"
+    assert value_of("--init", tuning) == value_of("--out_dir", ctc) == f"{exp}/teacher-first"
+    for words, settings_class in ((first, Settings), (second, Settings), (ctc, CtcSettings)):
+        # The conf files of each suit it, and say what they are meant to.
+        settings, _ = parse(settings_class, [*words[1:]])
+        assert settings.hubert.config["hidden_size"] == 32 and settings.hubert.filterbank_init
+    assert settings.training.num_epochs == 2
+    assert stage_one(*args, "--pretrain-teacher", "true")[0] == []
+    conf = stage_one.folder / "conf/laptop/teacher-pretraining-second.yaml"
+    conf.write_text(conf.read_text() + "max_duration: 30\n")
+    assert stage_one(*args, "--pretrain-teacher", "true")[0] == steps[1:]
+
+
+def test_pretraining_goes_before_what_a_recipe_begins_with(stage_one):
+    args = ("--corpus", "digits", "--train-teacher", "true", "--pretrain-teacher", "true")
+    begun, (*_, ctc, tuning) = stage_one(*args)
+    assert begun[2:] == ["teacher-first", "teacher"]
+    assert value_of("--init", ctc) == "exp/digits-take/teacher-pretrained"
+    assert value_of("--init", tuning) == "exp/digits-take/teacher-first"
+
+
+def test_published_settings_are_hubert_bases(monkeypatch, manifests, tmp_path):
+    monkeypatch.chdir(ROOT)
+    paths = [f"--{key}=[{paths[0]}]" for key, paths in manifests.items()]
+    paths += [f"--work_dir={tmp_path}/work", f"--out_dir={tmp_path}/out"]
+    names = ("teacher-model", "teacher-pretraining", "teacher-pretraining-second")
+    confs = [word for name in names for word in ("--config", f"conf/{name}.yaml")]
+    first, _ = parse(Settings, [*confs[:4], *paths])
+    second, _ = parse(Settings, [*confs, *paths])
+    assert (first.unit_labels.layer, first.unit_labels.kmeans.num_units) == (1, 100)
+    assert (second.unit_labels.layer, second.unit_labels.kmeans.num_units) == (6, 500)
+    assert second.prediction == PredictionSettings(0.08, 10, 256, 0.1, 0.1, 10.0)
+    with torch.device("meta"):
+        model = HubertModel(HubertConfig(**first.hubert.config))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(94.4e6, rel=0.01)
