@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from lhotse import CutSet
 
 from mvqkd import cli
@@ -58,7 +59,7 @@ def main(settings: Settings) -> None:
         pretrain(settings, device)
 
 
-def pretrain(settings: Settings, device) -> None:
+def pretrain(settings: Settings, device: torch.device) -> None:
     seed = settings.training.seed
     of_mfcc = settings.units == "mfcc"
     units_teacher = Mfcc() if of_mfcc else load_teacher(settings.units)

@@ -227,6 +227,18 @@ class PretrainingTask:
     def loss(
         self, batch: MaskedBatch, step: int, warmup: float
     ) -> tuple[torch.Tensor, dict[str, float]]:
+        loss, sums = self._loss_and_sums(batch)
+        weight = sums["masked"]
+        return loss, {
+            "loss": sums["loss"],
+            "masked-accuracy": 100 * sums["right-masked"],
+            # Of as many frames as there are masked ones: one weight divides all figures.
+            "unmasked-accuracy": 100 * sums["right-unmasked"] / max(sums["unmasked"], 1) * weight,
+            "weight": weight,
+        }
+
+    def _loss_and_sums(self, batch: MaskedBatch) -> tuple[torch.Tensor, dict[str, float]]:
+        """The loss; its part that is cross-entropy, how many frames there are and are right."""
         mask_BT = batch.mask_BT.to(self._device)
         logits_FK, inside_BT, penalty_B = self.model(
             batch.waveforms_BL.to(self._device), batch.lengths_B.to(self._device), mask_BT
@@ -236,18 +248,17 @@ class PretrainingTask:
         loss = masked_loss
         if self._settings.feature_penalty:
             loss = loss + self._settings.feature_penalty * (penalty_B * mask_BT.sum(1)).sum()
-        is_right_F = logits_FK.detach().argmax(-1) == units_F
-        right, right_unmasked, unmasked = torch.stack(
-            [is_right_F[masked_F].sum(), is_right_F[~masked_F].sum(), (~masked_F).sum()]
-        ).tolist()
-        weight = self.divisor(batch)
-        return loss, {
-            "loss": masked_loss.item(),
-            "masked-accuracy": 100 * right,
-            # Of as many frames as there are masked ones: one weight divides all figures.
-            "unmasked-accuracy": 100 * right_unmasked / max(unmasked, 1) * weight,
-            "weight": weight,
+        right_F = logits_FK.detach().argmax(-1) == units_F
+        sums = {
+            "loss": masked_loss.detach(),
+            "right-masked": (right_F & masked_F).sum(),
+            "right-unmasked": (right_F & ~masked_F).sum(),
+            "masked": masked_F.sum(),
+            "unmasked": (~masked_F).sum(),
         }
+        # Together, for each on its own would have a GPU waited for.
+        values = torch.stack([value.double() for value in sums.values()]).tolist()
+        return loss, dict(zip(sums, values))
 
     def divisor(self, batch: MaskedBatch) -> float:
         """The number of masked frames."""
@@ -264,13 +275,16 @@ class PretrainingTask:
             sums: dict[str, float] = defaultdict(float)
             batches = bucketed_batches(cuts, self._max_duration, seed=0, epoch=0)
             for batch_cuts in itertools.islice(batches, rank(), None, num_processes()):
-                for key, value in self.loss(self.collate(batch_cuts, 0), 0, 1.0)[1].items():
+                for key, value in self._loss_and_sums(self.collate(batch_cuts, 0))[1].items():
                     sums[key] += value
-            everyone = gathered(dict(sums))
-            weight = sum(part.get("weight", 0.0) for part in everyone)
-            for key in ("loss", "masked-accuracy", "unmasked-accuracy"):
-                total = sum(part.get(key, 0.0) for part in everyone)
-                figures[f"{key}-{name}"] = total / max(weight, 1.0)
+            total: dict[str, float] = defaultdict(float)
+            for part in gathered(dict(sums)):
+                for key, value in part.items():
+                    total[key] += value
+            figures[f"loss-{name}"] = total["loss"] / max(total["masked"], 1)
+            for kind in ("masked", "unmasked"):
+                share = total[f"right-{kind}"] / max(total[kind], 1)
+                figures[f"{kind}-accuracy-{name}"] = 100 * share
         return figures
 
     def describe(self, batch: MaskedBatch) -> str:

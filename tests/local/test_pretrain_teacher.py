@@ -4,11 +4,10 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 
+import numpy as np
 import pytest
 import torch
-import yaml
 from lhotse import CutSet
 from transformers import HubertConfig, HubertModel
 
@@ -16,17 +15,19 @@ from local.pretrain_teacher import Settings, main
 from local.train_teacher import Settings as CtcSettings
 from local.train_teacher import main as train_ctc
 from mvqkd.cli import parse
-from mvqkd.data.labels import LabelSettings
-from mvqkd.data.manifests import write_cuts
+from mvqkd.data.labels import LabelSettings, load_labels
+from mvqkd.data.manifests import read_cuts, write_cuts
 from mvqkd.errors import RecipeError
 from mvqkd.teachers import load_teacher
 from mvqkd.teachers.ctc import SYMBOLS, HubertSettings
 from mvqkd.teachers.pretraining import PredictionSettings
-from mvqkd.teachers.units import KMeansSettings, UnitSettings
+from mvqkd.teachers.units import FIELD, KMeansSettings, UnitSettings
 from mvqkd.training.loop import TrainingSettings
 from tests.conftest import ROOT, tiny_hubert
 from tests.recipe_copy import begun_steps, copy_checkout
+from tests.training.test_processes import in_two_processes
 
+NAMES = ("first", "alone")
 TRAINING = TrainingSettings(num_epochs=1, optimizer="adamw", lr=1e-3, log_every_steps=1)
 
 
@@ -115,24 +116,14 @@ def test_a_run_of_other_units_is_refused(manifests, tmp_path):
         main(settings_of(manifests, tmp_path, "first", num_units=7))
 
 
-def test_two_processes_from_the_command_line(manifests, tmp_path):
-    conf = {key: [str(path) for path in paths] for key, paths in manifests.items()} | {
-        "work_dir": str(tmp_path / "training"),
-        "out_dir": str(tmp_path / "first"),
-        "device": "cpu",
-        "max_duration": 10,
-        "hubert": {"config": hubert().config},
-        "unit_labels": {"kmeans": {"num_units": 5}, "labels": {"shard_size": 2}},
-        "training": {"num_epochs": 1, "optimizer": "adamw"},
-    }
-    (tmp_path / "conf.yaml").write_text(yaml.safe_dump(conf))
-    command = [sys.executable, "-m", "mvqkd.launch", "--standalone", "--nproc-per-node", "2"]
-    command += ["local/pretrain_teacher.py", "--config", str(tmp_path / "conf.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    origin = json.loads((tmp_path / "first/origin.json").read_text())
-    assert origin["num_processes"] == 2 and origin["units"]["number"] == 5
+def test_two_processes_share_the_work(manifests, tmp_path):
+    in_two_processes(tmp_path, main, settings_of(manifests, tmp_path, "first"))
+    main(settings_of(manifests, tmp_path, "alone"))
+    shared, alone = (read_cuts(tmp_path / f"{n}-training/units/labels.jsonl.gz") for n in NAMES)
+    for ours, theirs in zip(shared, alone):
+        assert ours.id == theirs.id
+        assert np.array_equal(load_labels(ours, FIELD), load_labels(theirs, FIELD))
+    assert load_teacher(tmp_path / "first").dim == 32
 
 
 # Notes its options, and leaves what they promise.
