@@ -32,6 +32,7 @@ device=auto          # auto|cpu|cuda: where to run
 teacher=""           # a file of conf/teacher/, without .yaml; the recipe's where empty
 teacher_dir=""       # its folder or fairseq checkpoint, instead of what that file names
 train_teacher=false  # train the embedded teacher anew instead of taking the shipped one
+pretrain_teacher=false  # ... as HuBERT is made: predicting units of masked frames, before CTC
 use_extracted_codebook=false  # take published codebook indexes, see conf/published.yaml
 codebook_dir=""      # a copy of them, instead of the hub
 label_launcher=""    # starts stage 5: "torchrun --nproc-per-node 4 --no-python" for four GPUs, or
@@ -50,6 +51,10 @@ dry_run=false        # only print each command, and what it would cost
 . local/parse_options.sh
 if [[ $train_teacher == true && -n $teacher$teacher_dir ]]; then
     echo "$0: --train-teacher makes the embedded teacher; leave out --teacher and --teacher-dir" >&2
+    exit 1
+fi
+if [[ $pretrain_teacher == true && $train_teacher == false ]]; then
+    echo "$0: --pretrain-teacher begins what --train-teacher ends; give --train-teacher true too" >&2
     exit 1
 fi
 if [[ $use_extracted_codebook == true && $train_teacher$teacher$teacher_dir != false ]]; then
@@ -140,7 +145,8 @@ fi
 
 # What made the results: the options that change them.
 invocation() {
-    local gpus_option='' published='' files=''
+    local gpus_option='' published='' files='' pretraining=''
+    [[ $pretrain_teacher == false ]] || pretraining=" --pretrain-teacher true"
     ((num_gpus == 1)) || gpus_option=" --num-gpus $num_gpus"
     [[ $use_extracted_codebook == false ]] ||
         published="--use-extracted-codebook true ${codebook_dir:+--codebook-dir $codebook_dir }"
@@ -148,7 +154,8 @@ invocation() {
     files+=${noise_dir:+--noise-dir $noise_dir }${decoding:+--decoding $decoding }
     echo "./run.sh --corpus $corpus${size:+ --size $size}${split:+ --split $split}" \
         "${teacher:+--teacher $teacher }${teacher_dir:+--teacher-dir $teacher_dir }--labels $labels" \
-        "${published}${files}${students:+--students \"$students\" }--train-teacher $train_teacher${gpus_option}"
+        "${published}${files}${students:+--students \"$students\" }--train-teacher" \
+        "$train_teacher${pretraining}${gpus_option}"
 }
 
 manifests() {
@@ -176,6 +183,18 @@ train_teacher() {
         --work_dir "$exp/$made-training" --out_dir "$exp/$made" --device "$device"
 }
 
+# pretrain_teacher NAME AFTER UNITS OPTION...
+pretrain_teacher() {
+    local made=$1 after=$2 units=$3
+    shift 3
+    # shellcheck disable=SC2086
+    step "$made" "$after" "$exp/$made $exp/$made-training" \
+        "${trainer[@]}" local/pretrain_teacher.py "$@" --units "$units" \
+        --train_manifests "$(manifests $train_parts $pool_parts)" \
+        --dev_manifests "$(manifests $dev_parts)" \
+        --work_dir "$exp/$made-training" --out_dir "$exp/$made" --device "$device"
+}
+
 if [[ $use_extracted_codebook == true ]] && ((stage <= 4 && stop_stage >= 1)); then
     log "stages 1 to 4: published indexes need none of them"
 fi
@@ -187,17 +206,31 @@ makes_labels() {
 
 manifest_kind=manifests
 if makes_labels 1; then
+    first_init=()
     if [[ -z $teacher ]]; then
-        # From random weights first, unless the recipe has others to begin with.
+        # From random weights or pre-trained ones, unless the recipe has others to begin with.
+        if [[ $pretrain_teacher == true ]]; then
+            # shellcheck disable=SC2046
+            pretrain_teacher teacher-pretrained-first manifests mfcc \
+                $(conf teacher-model teacher-pretraining)
+            # shellcheck disable=SC2046
+            pretrain_teacher teacher-pretrained "teacher-pretrained-first" \
+                "$exp/teacher-pretrained-first" \
+                $(conf teacher-model teacher-pretraining teacher-pretraining-second)
+            teacher_init=""
+            first_after="teacher-pretrained"
+            first_init=(--init "$exp/teacher-pretrained")
+        fi
         if [[ -z $teacher_init ]]; then
             teacher_init=$exp/teacher-first
             # shellcheck disable=SC2046
-            train_teacher teacher-first manifests $(conf teacher-training)
+            train_teacher teacher-first "${first_after:-manifests}" \
+                $(conf teacher-model teacher-training) "${first_init[@]}"
             tuned_after="teacher-first"
         fi
         # shellcheck disable=SC2046
         train_teacher teacher "${tuned_after:-manifests}" \
-            $(conf teacher-training teacher-tuning) --init "$teacher_init"
+            $(conf teacher-model teacher-training teacher-tuning) --init "$teacher_init"
     else
         # Named to the step, which then knows when a folder or file has changed.
         named=$(sed -n 's/^teacher: *//p' "conf/$teacher_conf.yaml")

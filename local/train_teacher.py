@@ -1,4 +1,7 @@
-"""Train the embedded teacher: a small HuBERT, CTC on a transcribed pool."""
+"""Train the embedded teacher: a small HuBERT, CTC on a transcribed pool.
+
+It begins from random weights, or from those of another teacher, pre-trained or fine-tuned.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from mvqkd.device import describe_device, pick_device
 from mvqkd.files import written_aside
 from mvqkd.processes import is_main, num_processes
 from mvqkd.teachers import load_teacher
-from mvqkd.teachers.ctc import CtcTask, HubertSettings, new_hubert
+from mvqkd.teachers.ctc import CtcTask, HubertSettings, add_ctc_head, new_hubert
 from mvqkd.training.checkpoint import load_checkpoint
 from mvqkd.training.loop import TrainingSettings, train
 
@@ -45,6 +48,8 @@ def main(settings: Settings) -> None:
     device = pick_device(settings.device)
     seed = settings.training.seed
     teacher = load_teacher(settings.init) if settings.init else new_hubert(settings.hubert, seed)
+    if teacher.vocabulary is None:
+        add_ctc_head(teacher, seed)
     train_cuts = CutSet.from_cuts(c for path in settings.train_manifests for c in read_cuts(path))
     task = CtcTask(
         teacher,

@@ -37,8 +37,11 @@ def is_main() -> bool:
 
 @contextlib.contextmanager
 def connected(device: torch.device) -> Iterator[None]:
-    """Inside, the processes can exchange tensors on ``device`` and objects; all leave at once."""
-    if num_processes() == 1:
+    """Inside, the processes can exchange tensors on ``device`` and objects; all leave at once.
+
+    Within another one it does nothing.
+    """
+    if num_processes() == 1 or distributed.is_initialized():
         yield
         return
     distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from lhotse import CutSet
+from torch import nn
 from torch.nn import functional as F
 from transformers import HubertConfig, HubertForCTC
 
@@ -20,6 +21,7 @@ from mvqkd.data.audio import AudioBatch, bucketed_batches, collate_audio, larges
 from mvqkd.decoding.scoring import Result, word_error_rate
 from mvqkd.errors import RecipeError, reason_of
 from mvqkd.processes import gathered, num_processes, rank
+from mvqkd.teachers.base import Teacher
 from mvqkd.teachers.front_end import initialize_filterbank
 from mvqkd.teachers.hubert import HubertTeacher
 
@@ -46,6 +48,26 @@ def new_hubert(settings: HubertSettings, seed: int) -> HubertTeacher:
     if settings.filterbank_init:
         initialize_filterbank(model, seed)
     return HubertTeacher(model, do_normalize=True, vocabulary=SYMBOLS)
+
+
+def add_ctc_head(teacher: Teacher, seed: int) -> None:
+    """Give ``teacher``, which has none, a CTC head with random weights.
+
+    Raises:
+      RecipeError: it is not of HuBERT's kin.
+    """
+    if not isinstance(teacher, HubertTeacher):
+        raise RecipeError(
+            f"teacher {teacher.name}: takes no CTC head; give a HuBERT, wav2vec 2.0 or WavLM"
+        )
+    model = teacher.model
+    head = nn.Linear(teacher.dim, len(SYMBOLS))
+    generator = torch.Generator().manual_seed(seed)
+    nn.init.normal_(head.weight, std=model.config.initializer_range, generator=generator)
+    nn.init.zeros_(head.bias)
+    model.lm_head = head
+    model.config.vocab_size, model.config.pad_token_id = len(SYMBOLS), 0
+    teacher.vocabulary = list(SYMBOLS)
 
 
 class CtcTask:

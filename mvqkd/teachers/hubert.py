@@ -110,7 +110,7 @@ class HubertTeacher(Teacher):
         prepared_BL: torch.Tensor,
         lengths_B: torch.Tensor,
         layers: Sequence[int],
-        mask_inputs: bool,
+        mask_inputs: bool | torch.Tensor,
     ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
         body = self.model.base_model
         features_BTC = self._features(prepared_BL, lengths_B)
@@ -120,7 +120,10 @@ class HubertTeacher(Teacher):
         hidden_BTD = body.feature_projection(features_BTC)
         if isinstance(hidden_BTD, tuple):  # all but HuBERT give what they projected too
             hidden_BTD = hidden_BTD[0]
-        if mask_inputs:
+        if isinstance(mask_inputs, torch.Tensor):
+            masked_D = body.masked_spec_embed.to(hidden_BTD.dtype)
+            hidden_BTD = torch.where(mask_inputs[..., None], masked_D, hidden_BTD)
+        elif mask_inputs:
             hidden_BTD = body._mask_hidden_states(hidden_BTD, attention_mask=inside_BT.long())
         with kept_layers(body.encoder, layers) as outputs, warnings.catch_warnings():
             # WavLM's, of a mask of another type than its position bias, which torch converts.
@@ -133,11 +136,15 @@ class HubertTeacher(Teacher):
         waveforms_BL: torch.Tensor,
         lengths_B: torch.Tensor,
         layers: list[int],
-        mask_inputs: bool = False,
+        mask_inputs: bool | torch.Tensor = False,
     ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
         """Outputs of ``layers`` (from 1), the encoder's final output, and lengths in frames.
 
         Layers above the highest are not run; the final output is then not the model's.
+
+        Args:
+          mask_inputs: whether to mask as the model's configuration says, in training mode; or,
+            in any mode, the frames (B, T) to mask.
         """
         prepared_BL = self._prepared(waveforms_BL, lengths_B)
         return self._encode(prepared_BL, lengths_B, layers, mask_inputs)
