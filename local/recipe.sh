@@ -6,8 +6,16 @@ if [[ ! -f egs/$corpus/recipe.sh ]]; then
     echo "$0: --corpus $corpus: not known; give one of: $(cd egs && echo *)" >&2
     exit 1
 fi
-# Names of parts, the teacher, and ${name}: the folder under data/ and exp/.
+# Names of parts, the teacher, ${name}: the folder under data/ and exp/, and ${options}: which of
+# those options it has that not every corpus has.
+given=(size "$size" split "$split" dl_dir "$dl_dir")
 . "egs/$corpus/recipe.sh"
+for ((i = 0; i < ${#given[@]}; i += 2)); do
+    if [[ -n ${given[i + 1]} && " $options " != *" ${given[i]} "* ]]; then
+        echo "$0: --${given[i]//_/-} ${given[i + 1]}: is nothing to corpus $corpus; leave it out" >&2
+        exit 1
+    fi
+done
 data=data/$name
 exp=exp/$name
 stamps=$exp/stamps

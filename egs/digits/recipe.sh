@@ -1,5 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154,SC1090
 # Free Spoken Digit Dataset: real people say digits.
+options="split dl_dir"
 split=${split:-take}
 if [[ $split != take && $split != speaker ]]; then
     echo "$0: --split $split: not known; give take or speaker" >&2

@@ -39,7 +39,11 @@ def main(settings: Settings) -> None:
         nested = settings.dl_dir / "LibriSpeech"
         corpus = nested if nested.is_dir() else settings.dl_dir
     for part in settings.parts:
-        require(corpus / part, "--dl-dir must name the folder that holds the parts")
+        require(
+            corpus / part,
+            f"{settings.dl_dir} must hold {', '.join(settings.parts)}, itself or in a folder "
+            "LibriSpeech; name such a folder with --dl-dir, or leave it out to download",
+        )
     with written_aside(settings.out_dir) as aside:
         os.symlink(corpus.resolve(), aside, target_is_directory=True)
 

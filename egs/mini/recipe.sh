@@ -1,5 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154,SC1090
 # The embedded corpus.
+options="size"
 size=${size:-small}
 if [[ ! -f egs/mini/conf/$size/corpus.yaml ]]; then
     echo "$0: --size $size: not known; give smoke, small or full" >&2
