@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
 from mvqkd import cli
 from mvqkd.data.features import FeatureSettings, make_extractor
@@ -22,6 +22,12 @@ from mvqkd.decoding.decode import DecodingSettings, check_vocabulary, load_stude
 from mvqkd.decoding.transcribe import FORMATS, SegmentSettings, transcribe
 from mvqkd.device import pick_device
 from mvqkd.errors import RecipeError
+
+# Every key of decoding; None: as stage 7 decoded the student.
+DecodingChanges = make_dataclass(
+    "DecodingChanges",
+    [(name, hint | None, None) for name, hint in get_type_hints(DecodingSettings).items()],
+)
 
 
 @dataclass
@@ -37,8 +43,7 @@ class Settings:
     device: str = "auto"
     # As the student's features were computed.
     extractor: Literal["fbank", "kaldifeat-fbank"] = "fbank"
-    # None: as stage 7 decoded the student.
-    decoding: DecodingSettings | None = None
+    decoding: DecodingChanges = field(default_factory=DecodingChanges)
     segment: SegmentSettings = field(default_factory=SegmentSettings)
 
 
@@ -65,7 +70,8 @@ def main(settings: Settings) -> None:
     logging.getLogger().setLevel(logging.WARNING)
     device = pick_device(settings.device)
     tokens = load_tokens(settings.tokens_dir)
-    decoding = settings.decoding or decoding_of(settings.exp_dir)
+    changes = {key: value for key, value in vars(settings.decoding).items() if value is not None}
+    decoding = replace(decoding_of(settings.exp_dir), **changes)
     model, _ = load_student(settings.exp_dir, decoding)
     check_vocabulary(model, tokens, settings.tokens_dir)
     model.to(device)

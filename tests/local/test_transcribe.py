@@ -100,6 +100,8 @@ def test_decoded_as_last_in_stage_7(run, folder):
     path = folder / "student/decoded.json"
     path.write_text(json.dumps({"decoding": {"method": "greedy_search"}}))
     assert run("c.flac") == greedy != beam
+    # A key that is given changes that one alone.
+    assert run("--decoding.beam", "2", "c.flac") == greedy
     path.write_text("{}")
     status, _, err = run("c.flac")
     assert status == 1 and f"{path}: cannot be read as decoding settings" in err
