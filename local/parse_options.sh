@@ -33,6 +33,9 @@ parse_options() {
             '# options') _po_inside=true _po_top=false ;;
             '# end of options') break ;;
         esac
+        if [[ $_po_inside == true && $_po_line =~ ^[[:space:]]+'# '(.*) ]]; then
+            _po_usage=${_po_usage% (default: *}" ${BASH_REMATCH[1]} (default:${_po_usage##* (default:}"
+        fi
         [[ $_po_inside == true && $_po_line =~ ^([A-Za-z_][A-Za-z0-9_]*)= ]] || continue
         _po_name=${BASH_REMATCH[1]}
         _po_value=''

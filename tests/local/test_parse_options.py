@@ -22,6 +22,8 @@ dl_dir=          # folder with a copy # of the data
 name="two words" # with $ and \\ and `ticks`
 train_teacher=false  # make it again
 bare=x
+kind=mvq         # what is learned:
+                 # one of many
 offset=-1        # may be negative
 # end of options
 after=1  # not an option
@@ -120,12 +122,13 @@ def test_help_lists_options_with_defaults(run, args):
     lines = {line.split()[0]: line for line in done.stdout.splitlines() if "  --" in line}
     assert list(lines) == [
         *("--stage", "--stop-stage", "--scale", "--device", "--dl-dir", "--name"),
-        *("--train-teacher", "--bare", "--offset"),
+        *("--train-teacher", "--bare", "--kind", "--offset"),
     ]
     assert "first stage to run (default: 0)" in lines["--stage"]
     assert "auto|cpu|cuda: where to run (default: auto)" in lines["--device"]
     assert "folder with a copy # of the data (default: empty)" in lines["--dl-dir"]
     assert "(default: two words)" in lines["--name"]
+    assert "what is learned: one of many (default: mvq)" in lines["--kind"]
 
 
 def test_script_that_goes_to_its_own_folder_first(tmp_path):
