@@ -128,6 +128,13 @@ for student in "${student_names[@]}"; do
         echo "$0: --students $student: not in $students_file; it has: $known_students" >&2
         exit 1
     fi
+    # shellcheck disable=SC2086
+    for file in $(conf ${student_confs[$student]}); do
+        if [[ $file != --config && ! -f $file ]]; then
+            echo "$0: $students_file: student $student: $file: no such file; name confs that exist" >&2
+            exit 1
+        fi
+    done
 done
 
 # One that is made here is the embedded one.
@@ -312,7 +319,7 @@ train_students() {
         local -x OMP_NUM_THREADS=$((cores > num_jobs ? cores / num_jobs : 1))
     fi
     # One that fails ends the others, which leave their checkpoints.
-    trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
+    trap 'kill $(jobs -p) 2>/dev/null || true; wait || true' EXIT
     for student in "${student_names[@]}"; do
         if ((running >= num_jobs)); then
             wait -n

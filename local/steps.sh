@@ -91,7 +91,7 @@ attended() {
     "$@" &
     child=$!
     # shellcheck disable=SC2064  # this child
-    trap "kill $child 2>/dev/null; wait $child" EXIT
+    trap "kill $child 2>/dev/null || true; wait $child || true" EXIT
     wait "$child" || status=$?
     trap - EXIT
     return "$status"
