@@ -252,6 +252,9 @@ def test_help(finished):
         (("--teacher", "nope"), "--teacher nope: not in conf/teacher; it has: hubert-base-ls960 "),
         ((*ARGS, "--teacher", "wavlm-large"), "leave out --teacher and --teacher-dir"),
         (("--corpus", "digits", "--teacher-dir", "x"), "/x: say with --teacher which"),
+        (("--corpus", "digits", "--size", "full"), "--size full: is nothing to corpus digits"),
+        ((*ARGS, "--split", "take"), "--split take: is nothing to corpus mini"),
+        ((*ARGS, "--dl-dir", "/x"), "--dl-dir /x: is nothing to corpus mini"),
         ((*ARGS, "--students", "none nope"), "--students nope: not in"),
         ((*ARGS, "--num-jobs", "0"), "give at least 1"),
         ((*ARGS, "--num-gpus", "0"), "give at least 1"),
@@ -318,7 +321,7 @@ def checkpoint_cut_short(copy):
         (
             unknown_conf_of_a_student,
             ("--stage", "6", "--students", "odd"),
-            ["conf/distillation/odd.yaml: no such file"],
+            ["students.txt: student odd: conf/distillation/odd.yaml: no such file"],
             "exp/mini-smoke/odd",
         ),
         (
@@ -336,7 +339,7 @@ def checkpoint_cut_short(copy):
         (
             weights_cut_short,
             ("--stage", "7", "--students", "none"),
-            ["epoch-3.pt: cannot be read as a checkpoint", "remove it"],
+            ["epoch-3.pt: cannot be read as a checkpoint", "mini-smoke/none and train again"],
             "exp/mini-smoke/none/decoded.json",
         ),
         (

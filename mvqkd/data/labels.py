@@ -524,7 +524,8 @@ def _labelled_custom(cut, field: str) -> dict:
     """The custom fields of what of ``cut`` carries ``field``."""
     custom = labelled_part(cut, field)[0].custom or {}
     if field not in custom:
-        raise RecipeError(f"cut {cut.id}: has no {field}; run stage 5")
+        how = "" if field == FIELD else f" with `more: [{{field: {field}}}]` in labels.yaml"
+        raise RecipeError(f"cut {cut.id}: has no {field}; run stage 5{how}")
     return custom
 
 

@@ -42,7 +42,7 @@ def _what_is_wrong(path: Path, text: str, settings: CheckSettings) -> str | None
     try:
         audio_L, rate = soundfile.read(path, dtype="int16")
     except soundfile.LibsndfileError as error:
-        return f"cannot be decoded ({error.error_string.strip()}); fetch it again"
+        return f"cannot be decoded ({error.error_string.strip()}); fetch or make it again"
     if rate != SAMPLE_RATE:
         return f"sampled at {rate} Hz; resample it to {SAMPLE_RATE}"
     if audio_L.ndim != 1:
@@ -81,8 +81,8 @@ def check_part(folder: Path, settings: CheckSettings) -> dict[str, str]:
     if len(bad) > settings.max_bad_share * len(utterances):
         (_, path, _), reason = next(iter(bad.items()))
         raise RecipeError(
-            f"{path}: {reason} (and {len(bad) - 1} more of {len(utterances)} utterances in "
-            f"{folder} are bad, more than max_bad_share = {settings.max_bad_share})"
+            f"{path}: {reason} ({len(bad)} of {len(utterances)} utterances in {folder} are bad, "
+            f"more than max_bad_share = {settings.max_bad_share} of conf/check.yaml)"
         )
     return {name: f"{path}: {reason}" for (name, path, _), reason in bad.items()}
 

@@ -17,21 +17,23 @@ def save_checkpoint(path: Path, **entries: Any) -> None:
         torch.save(entries, aside)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+_GOES_ON = "remove it, and the stage goes on from the one before it or starts anew"
+
+
+def load_checkpoint(path: Path, remedy: str = _GOES_ON) -> dict[str, Any]:
     """What `save_checkpoint` wrote, on the CPU.
 
     Raises:
-      RecipeError: the file is missing, cut short, or no checkpoint.
+      RecipeError: the file is missing, cut short, or no checkpoint; damaged ones with ``remedy``.
     """
     require(path, "run the stage that makes it")
     try:
         entries = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its unpickler and zip reader do
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise RecipeError(
-            f"{path}: cannot be read as a checkpoint ({reason}); "
-            "remove it, and the stage goes on from the one before it or starts anew"
-        ) from error
+        if isinstance(error, OSError):  # says nothing of the file
+            reason = "cut short"
+        raise RecipeError(f"{path}: cannot be read as a checkpoint ({reason}); {remedy}") from error
     if not isinstance(entries, dict) or "model" not in entries:
         raise RecipeError(f"{path}: not a checkpoint of this recipe; remove it")
     return entries
@@ -44,11 +46,15 @@ def averaged_weights(folder: Path, epoch: int, avg: int) -> dict[str, torch.Tens
     the mean over the epochs (epoch - avg, epoch] is the difference of two of them,
     weighted by their steps; ``avg`` >= ``epoch`` is the whole run. ``avg`` 0 takes
     the last weights as they are, and so do epochs too short for the average.
+
+    Raises:
+      RecipeError: a checkpoint is missing or damaged.
     """
-    last = load_checkpoint(folder / f"epoch-{epoch}.pt")
+    remedy = f"remove {folder} and train again, or decode another epoch"
+    last = load_checkpoint(folder / f"epoch-{epoch}.pt", remedy)
     end, begin, first = last["averaged_steps"], 0, None
     if 0 < avg < epoch:
-        first = load_checkpoint(folder / f"epoch-{epoch - avg}.pt")
+        first = load_checkpoint(folder / f"epoch-{epoch - avg}.pt", remedy)
         begin = first["averaged_steps"]
     if avg == 0 or begin == end:
         return last["model"]
