@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # The environment, for `. ./path.sh`: makes .venv from requirements.lock on first use and
 # when that file has changed, and puts it and this folder first. `python3` is then the
-# recipe's own. MVQKD_PYTHON names another Python to make it with (3.10 to 3.12).
+# recipe's own. MVQKD_PYTHON names another Python to make it with (3.11 or 3.12).
 
 mvqkd_environment() {
     local root lock_hash python
@@ -11,14 +11,14 @@ mvqkd_environment() {
         (
             flock 9
             [[ "$(cat "$root/.venv/lock-hash" 2>/dev/null)" != "$lock_hash" ]] || exit 0
-            for python in "${MVQKD_PYTHON:-}" python3.11 python3.12 python3.10 python3; do
-                [[ -n $python ]] && "$python" -c \
-                    'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' \
+            for python in ${MVQKD_PYTHON:-python3.11 python3.12 python3}; do
+                "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
                     2>/dev/null && break
                 python=''
             done
             if [[ -z $python ]]; then
-                echo "path.sh: no Python 3.10 to 3.12 found; install one, or set MVQKD_PYTHON" >&2
+                echo "path.sh: ${MVQKD_PYTHON:-python3} is no Python 3.11 or 3.12; install one," \
+                    "or name it in MVQKD_PYTHON" >&2
                 exit 1
             fi
             echo "path.sh: making .venv from requirements.lock with $python (once)" >&2

@@ -20,7 +20,9 @@ split=""         # of corpus digits: take (the default) or speaker
 dl_dir=""        # a copy of what would be downloaded
 noise_dir=""     # a folder of noise, say MUSAN's, that is mixed into training; none where empty
 num_workers=2    # processes
+overlay=""       # a folder of conf files that win over all others
 dry_run=false    # only print each command, and what it would cost
+debug=false      # show where an error came from
 # end of options
 
 . local/parse_options.sh

@@ -38,7 +38,8 @@ codebook_dir=""      # a copy of them, instead of the hub
 label_launcher=""    # starts stage 5: "torchrun --nproc-per-node 4 --no-python" for four GPUs, or
                      # "local/slurm_array.sh 16 --gpus-per-task=1 --" for an array of 16 tasks
 labels=""            # name of the set of labels that is dumped and learned from; mvq where empty,
-                     # or published. conf/labels/NAME and egs/CORPUS/conf/labels/NAME hold its conf
+                     # or published. conf/labels/NAME and egs/CORPUS/conf/labels/NAME hold its
+                     # conf; students of another set than mvq are called STUDENT-NAME
 students=""          # which of the recipe's students; all where empty
 students_file=""     # lists them, instead of the recipe's students.txt
 overlay=""           # a folder of conf files that win over all others
@@ -46,6 +47,7 @@ num_workers=2        # processes of stage 0
 num_gpus=1           # of this host, that train one model together; on the CPU, processes
 num_jobs=2           # students that are trained at once on the CPU, threads shared among them
 dry_run=false        # only print each command, and what it would cost
+debug=false          # show where an error came from
 # end of options
 
 . local/parse_options.sh
@@ -91,8 +93,10 @@ elif [[ ! -f $students_file ]]; then
     echo "$0: --students-file $students_file: no such file; name one like conf/students.txt" >&2
     exit 1
 fi
-if [[ -n $overlay && ! -d $overlay ]]; then
-    echo "$0: --overlay $overlay: no such folder; name one with conf files" >&2
+if [[ $labels != mvq && $use_extracted_codebook == false && ! -d conf/labels/$labels &&
+    ! -d egs/$corpus/conf/labels/$labels ]]; then
+    echo "$0: --labels $labels: neither conf/labels nor egs/$corpus/conf/labels has it; make a" \
+        "folder of that name with what differs" >&2
     exit 1
 fi
 declare -A student_confs=()
@@ -129,13 +133,9 @@ for student in "${student_names[@]}"; do
         exit 1
     fi
     # shellcheck disable=SC2086
-    for file in $(conf ${student_confs[$student]}); do
-        if [[ $file != --config && ! -f $file ]]; then
-            echo "$0: $students_file: student $student: $file: no such file; name confs that exist" >&2
-            exit 1
-        fi
-    done
+    check_confs "$students_file: student $student: " ${student_confs[$student]}
 done
+[[ -z $decoding ]] || check_confs "--decoding $decoding: " "decoding/$decoding"
 
 # One that is made here is the embedded one.
 [[ $train_teacher == false ]] || teacher=""
@@ -149,6 +149,19 @@ if [[ -z $teacher && -n $teacher_dir ]]; then
     echo "$0: --teacher-dir $teacher_dir: say with --teacher which of conf/teacher it is" >&2
     exit 1
 fi
+if [[ -z $teacher && $use_extracted_codebook == false ]]; then
+    check_confs "training a teacher at the scale of $corpus: " teacher-model teacher-training
+fi
+
+# Students that learn from other labels are others; those that the call lists have names of its own.
+if [[ $labels != mvq && -z $listed ]]; then
+    for i in "${!student_names[@]}"; do
+        student=${student_names[i]}
+        [[ ${student_confs[$student]} != *distillation/none* ]] || continue
+        student_names[i]=$student-$labels
+        student_confs[$student-$labels]=${student_confs[$student]}
+    done
+fi
 
 # What made the results: the options that change them.
 invocation() {
@@ -156,11 +169,12 @@ invocation() {
     [[ $pretrain_teacher == false ]] || pretraining=" --pretrain-teacher true"
     ((num_gpus == 1)) || gpus_option=" --num-gpus $num_gpus"
     [[ $use_extracted_codebook == false ]] ||
-        published="--use-extracted-codebook true ${codebook_dir:+--codebook-dir $codebook_dir }"
-    files=${listed:+--students-file $listed }${overlay:+--overlay $overlay }
-    files+=${noise_dir:+--noise-dir $noise_dir }${decoding:+--decoding $decoding }
+        published="--use-extracted-codebook true ${codebook_dir:+--codebook-dir ${typed[codebook_dir]} }"
+    files=${typed[dl_dir]:+--dl-dir ${typed[dl_dir]} }
+    files+=${typed[noise_dir]:+--noise-dir ${typed[noise_dir]} }
+    files+=${listed:+--students-file $listed }${overlay:+--overlay $overlay }${decoding:+--decoding $decoding }
     echo "./run.sh --corpus $corpus${size:+ --size $size}${split:+ --split $split}" \
-        "${teacher:+--teacher $teacher }${teacher_dir:+--teacher-dir $teacher_dir }--labels $labels" \
+        "${teacher:+--teacher $teacher }${teacher_dir:+--teacher-dir ${typed[teacher_dir]} }--labels $labels" \
         "${published}${files}${students:+--students \"$students\" }--train-teacher" \
         "$train_teacher${pretraining}${gpus_option}"
 }
@@ -175,11 +189,12 @@ manifests() {
 
 if on 0; then
     attended ./prepare.sh --corpus "$corpus" --size "$size" --split "$split" \
-        --dl-dir "$dl_dir" --noise-dir "$noise_dir" --num-workers "$num_workers" --dry-run "$dry_run"
+        --dl-dir "$dl_dir" --noise-dir "$noise_dir" --overlay "$overlay" \
+        --num-workers "$num_workers" --dry-run "$dry_run" --debug "$debug"
 fi
 
-# train_teacher NAME AFTER OPTION...
-train_teacher() {
+# train_ctc NAME AFTER OPTION...
+train_ctc() {
     local made=$1 after=$2
     shift 2
     # shellcheck disable=SC2086
@@ -190,8 +205,8 @@ train_teacher() {
         --work_dir "$exp/$made-training" --out_dir "$exp/$made" --device "$device"
 }
 
-# pretrain_teacher NAME AFTER UNITS OPTION...
-pretrain_teacher() {
+# predict_units NAME AFTER UNITS OPTION...
+predict_units() {
     local made=$1 after=$2 units=$3
     shift 3
     # shellcheck disable=SC2086
@@ -218,10 +233,10 @@ if makes_labels 1; then
         # From random weights or pre-trained ones, unless the recipe has others to begin with.
         if [[ $pretrain_teacher == true ]]; then
             # shellcheck disable=SC2046
-            pretrain_teacher teacher-pretrained-first manifests mfcc \
+            predict_units teacher-pretrained-first manifests mfcc \
                 $(conf teacher-model teacher-pretraining)
             # shellcheck disable=SC2046
-            pretrain_teacher teacher-pretrained "teacher-pretrained-first" \
+            predict_units teacher-pretrained "teacher-pretrained-first" \
                 "$exp/teacher-pretrained-first" \
                 $(conf teacher-model teacher-pretraining teacher-pretraining-second)
             teacher_init=""
@@ -231,12 +246,12 @@ if makes_labels 1; then
         if [[ -z $teacher_init ]]; then
             teacher_init=$exp/teacher-first
             # shellcheck disable=SC2046
-            train_teacher teacher-first "${first_after:-manifests}" \
+            train_ctc teacher-first "${first_after:-manifests}" \
                 $(conf teacher-model teacher-training) "${first_init[@]}"
             tuned_after="teacher-first"
         fi
         # shellcheck disable=SC2046
-        train_teacher teacher "${tuned_after:-manifests}" \
+        train_ctc teacher "${tuned_after:-manifests}" \
             $(conf teacher-model teacher-training teacher-tuning) --init "$teacher_init"
     else
         # Named to the step, which then knows when a folder or file has changed.
@@ -312,7 +327,7 @@ train_student() {
 train_students() {
     local student cores running=0
     if [[ $dry_run == true || ${#trainer[@]} -gt 1 || $device == cuda ||
-        ($device == auto && -e /dev/nvidiactl) ]]; then
+        ($device == auto && (-e /dev/nvidiactl || -e /dev/dxg || -e /dev/kfd)) ]]; then
         num_jobs=1
     elif [[ -z ${OMP_NUM_THREADS:-} ]]; then
         cores=$(nproc)
@@ -341,8 +356,8 @@ if on 7; then
     for student in "${student_names[@]}"; do
         # shellcheck disable=SC2046,SC2086
         step "decode-$student" "student-$student" "$exp/$student/decoded.json" \
-            python3 local/decode.py $(conf decoding ${decoding:+decoding/$decoding}) --exp_dir "$exp/$student" \
-            --test_manifests "$(manifests $test_parts)" --tokens_dir "$data/tokens" \
+            python3 local/decode.py $(conf decoding ${decoding:+decoding/$decoding}) \
+            --exp_dir "$exp/$student" --test_manifests "$(manifests $test_parts)" --tokens_dir "$data/tokens" \
             --device "$device"
     done
 fi

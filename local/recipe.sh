@@ -6,8 +6,10 @@ if [[ ! -f egs/$corpus/recipe.sh ]]; then
     echo "$0: --corpus $corpus: not known; give one of: $(cd egs && echo *)" >&2
     exit 1
 fi
-# Names of parts, the teacher, ${name}: the folder under data/ and exp/, and ${options}: which of
-# those options it has that not every corpus has.
+# Names of parts; ${name}: the folder under data/ and exp/; ${teacher}: of conf/teacher, or
+# ${teacher_init}: the folder of one that is trained on; ${options}: which of those it has that not
+# every corpus has.
+options="" teacher_init=""
 given=(size "$size" split "$split" dl_dir "$dl_dir")
 . "egs/$corpus/recipe.sh"
 for ((i = 0; i < ${#given[@]}; i += 2)); do
@@ -20,11 +22,18 @@ data=data/$name
 exp=exp/$name
 stamps=$exp/stamps
 # A relative path is meant from where the user called.
-[[ -z $dl_dir || $dl_dir == /* ]] || dl_dir=$caller/$dl_dir
-[[ -z ${noise_dir:-} || $noise_dir == /* ]] || noise_dir=$caller/$noise_dir
-[[ -z ${teacher_dir:-} || $teacher_dir == /* ]] || teacher_dir=$caller/$teacher_dir
-[[ -z ${codebook_dir:-} || $codebook_dir == /* ]] || codebook_dir=$caller/$codebook_dir
+declare -A typed=()
+for option in dl_dir noise_dir teacher_dir codebook_dir; do
+    typed[$option]=${!option:-}
+    [[ -z ${typed[$option]} || ${typed[$option]} == /* ]] ||
+        printf -v "$option" %s "$caller/${typed[$option]}"
+done
 if [[ $caller != "$PWD" ]]; then
     [[ -z ${students_file:-} || $students_file == /* ]] || students_file=$caller/$students_file
-    [[ -z ${overlay:-} || $overlay == /* ]] || overlay=$caller/$overlay
+    [[ -z $overlay || $overlay == /* ]] || overlay=$caller/$overlay
 fi
+if [[ -n $overlay && ! -d $overlay ]]; then
+    echo "$0: --overlay $overlay: no such folder; name one with conf files" >&2
+    exit 1
+fi
+[[ $debug == false ]] || export MVQKD_DEBUG=1

@@ -43,6 +43,18 @@ conf() {
     done
 }
 
+# check_confs WHOSE NAME...: that each name has a file, before anything is run.
+check_confs() {
+    local whose=$1 file
+    shift
+    for file in $(conf "$@"); do
+        if [[ $file != --config && ! -f $file ]]; then
+            echo "$0: $whose$file: no such file; name confs that exist" >&2
+            exit 1
+        fi
+    done
+}
+
 # list WORD...: a YAML list.
 list() {
     local IFS=,

@@ -8,4 +8,3 @@ pool_parts=""
 dev_parts="dev-clean dev-other"
 test_parts="test-clean test-other"
 teacher=${teacher:-hubert-xlarge-ls960-ft}
-teacher_init=""

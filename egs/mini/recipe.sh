@@ -15,4 +15,3 @@ dev_parts="dev-clean dev-other"
 test_parts="test-clean test-other"
 # Made by `--train-teacher true --size full`; its origin.json says how.
 teacher=${teacher:-mini}
-teacher_init=""
