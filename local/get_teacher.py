@@ -41,9 +41,13 @@ def main(settings: Settings) -> None:
             teacher.save(aside)
         teacher.name = settings.teacher
         teacher.check_layer(settings.layer)
+        # What labels call it, beside what its maker has said.
+        origin_path = aside / "origin.json"
+        origin = json.loads(origin_path.read_text()) if origin_path.exists() else {}
+        origin["teacher"] = settings.teacher
         if not Path(settings.teacher).exists():
-            origin = {"teacher": settings.teacher, "revision": found.name}
-            (aside / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
+            origin["revision"] = found.name
+        origin_path.write_text(json.dumps(origin, indent=2) + "\n")
     logging.info(
         f"{settings.teacher}: {teacher.num_layers} layers of {teacher.dim}, "
         f"{1000 * teacher.frame_shift:g} ms a frame"

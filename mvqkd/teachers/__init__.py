@@ -32,6 +32,10 @@ def load_teacher(name_or_path: str | Path, revision: str | None = None) -> Teach
     path, name = find_teacher(name_or_path, revision), str(name_or_path)
     if path.is_file():
         return load_fairseq(path, name)
+    if (path / "origin.json").exists():
+        # A copy is called as what it is of.
+        origin = read_json(path / "origin.json")
+        name = "@".join(str(origin[k]) for k in ("teacher", "revision") if k in origin) or name
     config_path = require(path / "config.json", "give a folder in transformers' layout")
     family = read_json(config_path).get("model_type")
     if family == "whisper":

@@ -50,7 +50,7 @@ def test_checkpoint_becomes_a_folder(tmp_path):
     get_teacher.main(get_teacher.Settings(str(tmp_path / "a.pt"), out, layer=3))
     teacher = load_teacher(out)
     assert (teacher.dim, teacher.num_layers) == (48, 3) and teacher.vocabulary[5] == "E"
-    assert not (out / "origin.json").exists()
+    assert teacher.name == str(tmp_path / "a.pt")
 
 
 def test_revision_that_was_taken_is_noted(tmp_path, monkeypatch):
@@ -59,7 +59,8 @@ def test_revision_that_was_taken_is_noted(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "fetch", lambda name, revision: snapshot)
     get_teacher.main(get_teacher.Settings("lab/teacher", tmp_path / "teacher"))
     origin = json.loads((tmp_path / "teacher/origin.json").read_text())
-    assert origin == {"teacher": "lab/teacher", "revision": "a" * 40}
+    assert (origin["teacher"], origin["revision"]) == ("lab/teacher", "a" * 40)
+    assert load_teacher(tmp_path / "teacher").name == f"lab/teacher@{'a' * 40}"
 
 
 def test_layer_that_the_teacher_lacks(tmp_path):
