@@ -14,6 +14,7 @@ from lhotse import CutSet
 
 from mvqkd import cli
 from mvqkd.data.datamodule import DataSettings, StudentData
+from mvqkd.data.features import extractor_of
 from mvqkd.data.manifests import read_cuts, split_by_share
 from mvqkd.data.tokens import load_tokens
 from mvqkd.device import describe_device, pick_device
@@ -61,13 +62,18 @@ def log_beside(exp_dir: Path) -> None:
         handler.setFormatter(form)
 
 
-def write_settings(settings: Settings, device: str, seconds: list[float]) -> None:
-    """``seconds``: of each utterance of the training manifest."""
+def write_settings(settings: Settings, device: str, seconds: list[float], extractor: str) -> None:
+    """
+    Args:
+      seconds: of each utterance of the training manifest.
+      extractor: of its features.
+    """
     document = {
         "command": " ".join(sys.argv),
         **asdict(settings),
         "device": device,
         "num_processes": num_processes(),
+        "extractor": extractor,
         # What 99 of 100 stay below: longer audio is better cut before it is decoded.
         "longest_utterances": float(np.percentile(seconds, 99)),
     }
@@ -105,7 +111,8 @@ def main(settings: Settings) -> None:
         for path in settings.dev_manifests
     }
     if is_main():
-        write_settings(settings, describe_device(device), seconds)
+        extractor = extractor_of(next(iter(train_cuts)))
+        write_settings(settings, describe_device(device), seconds, extractor)
     task = StudentTask(
         model,
         settings.model,

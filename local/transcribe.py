@@ -41,8 +41,6 @@ class Settings:
     # Words under the file's text, CTM, or a JSON document a line.
     format: Literal["text", "ctm", "json"] = "text"
     device: str = "auto"
-    # As the student's features were computed.
-    extractor: Literal["fbank", "kaldifeat-fbank"] = "fbank"
     decoding: DecodingChanges = field(default_factory=DecodingChanges)
     segment: SegmentSettings = field(default_factory=SegmentSettings)
 
@@ -60,12 +58,6 @@ def decoding_of(exp_dir: Path) -> DecodingSettings:
         ) from error
 
 
-def segment_length(settings: Settings) -> float:
-    """Seconds."""
-    student = json.loads((settings.exp_dir / "settings.json").read_text())
-    return settings.segment.length or student.get("longest_utterances") or 20
-
-
 def main(settings: Settings) -> None:
     logging.getLogger().setLevel(logging.WARNING)
     device = pick_device(settings.device)
@@ -75,9 +67,12 @@ def main(settings: Settings) -> None:
     model, _ = load_student(settings.exp_dir, decoding)
     check_vocabulary(model, tokens, settings.tokens_dir)
     model.to(device)
+    student = json.loads((settings.exp_dir / "settings.json").read_text())
     num_bins = model.encoder.settings.num_features
-    extractor = make_extractor(FeatureSettings(settings.extractor, num_bins))
-    length, failed = segment_length(settings), False
+    # As its features were computed.
+    extractor = make_extractor(FeatureSettings(student.get("extractor", "fbank"), num_bins))
+    length = settings.segment.length or student.get("longest_utterances") or 20
+    failed = False
     for path in settings.files:
         try:
             transcript = transcribe(path, model, tokens, extractor, decoding, length, device)

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from lhotse import CutSet, Fbank, FbankConfig
 from lhotse.array import TemporalArray
+from lhotse.cut import Cut
 from lhotse.features.base import FeatureExtractor, Features
 from lhotse.utils import fastcopy
 
@@ -35,6 +36,11 @@ class FeatureSettings:
     # Copies of the training parts beside the original.
     speed_factors: list[float] = field(default_factory=lambda: [0.9, 1.1])
     shard_size: int = 500
+
+
+def extractor_of(cut: Cut) -> str:
+    """``FeatureSettings.extractor`` that the features of ``cut`` were computed by."""
+    return "kaldifeat-fbank" if cut.features.type == "kaldifeat-fbank" else "fbank"
 
 
 def make_extractor(settings: FeatureSettings) -> FeatureExtractor:
