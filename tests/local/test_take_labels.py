@@ -37,18 +37,18 @@ def test_student_learns_from_published_indexes(prepared):
     args = (*ARGS, "--codebook-dir", "copy", "--stage", "1", "--stop-stage", "6")
     done = run_sh(folder, *args, "--students", "mvq", cwd=folder.parent)
     assert done.returncode == 0, done.stderr
-    assert begun_steps(done) == ["labels-published", "student-mvq"]
+    assert begun_steps(done) == ["labels-published", "student-mvq-published"]
     assert "stages 1 to 4: published indexes need none of them" in done.stderr
     data, exp = folder / "data/mini-smoke", folder / "exp/mini-smoke"
-    assert sorted(path.name for path in exp.iterdir()) == ["mvq", "stamps"]
+    assert sorted(path.name for path in exp.iterdir()) == ["mvq-published", "stamps"]
     for cut in CutSet.from_file(data / "labels/published/train.jsonl.gz"):
         label = cut.custom["codebook_indexes"]
         label.array.storage_path = str(folder / label.array.storage_path)
         assert (load_labels(cut) == made[cut.recording.id][: len(load_labels(cut))]).all()
-    lines = (exp / "mvq/log.jsonl").read_text().splitlines()
+    lines = (exp / "mvq-published/log.jsonl").read_text().splitlines()
     trained = [json.loads(line) for line in lines if json.loads(line)["kind"] == "train"]
     assert all(f"accuracy-{n}" in trained[-1] for n in range(8)) and trained[-1]["distillation"] > 0
-    assert json.loads((exp / "mvq/settings.json").read_text())["distillation"]["quantizer"] is None
+    assert json.loads((exp / "mvq-published/settings.json").read_text())["distillation"]["quantizer"] is None
 
     again = run_sh(folder, *args, "--students", "mvq", cwd=folder.parent)
     assert begun_steps(again) == []
