@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any
 from mvqkd.data.labels import ORIGIN_FIELD, in_words
 from mvqkd.data.manifests import read_cuts
 from mvqkd.decoding.scoring import paired_difference, wer_interval
-from mvqkd.files import require
+from mvqkd.files import read_json, read_json_lines, require
 from mvqkd.report.table import Origin, StudentResult, WerResult, undistilled
 
 # Of the bootstrap.
@@ -21,9 +20,9 @@ SEED = 0
 
 def read_log(exp_dir: Path) -> list[dict[str, Any]]:
     """The training log as `plot_training_curves` takes it."""
-    lines = require(exp_dir / "log.jsonl", "run stage 6").read_text().splitlines()
+    again = _again(exp_dir.parent, f"student-{exp_dir.name}", 6)
     records = []
-    for entry in map(json.loads, lines):
+    for entry in read_json_lines(exp_dir / "log.jsonl", again):
         kind = entry["kind"]
         losses = {
             f"{kind}/{name}": value
@@ -36,13 +35,25 @@ def read_log(exp_dir: Path) -> list[dict[str, Any]]:
 
 def read_decoded(exp_dir: Path) -> dict[str, Any]:
     """What stage 7 left of a student: its setting, and the words of each test set."""
-    return json.loads(require(exp_dir / "decoded.json", "run stage 7").read_text())
+    return read_json(exp_dir / "decoded.json", "run stage 7")
 
 
 def read_diagnostics(exp_dir: Path, labels: str) -> dict[str, Any]:
     """Of the quantizer of a set of labels."""
-    path = exp_dir / "quantizer" / labels / "diagnostics.json"
-    return json.loads(require(path, "run stage 4").read_text())
+    return read_json(exp_dir / "quantizer" / labels / "diagnostics.json", "run stage 4")
+
+
+def read_quantizer_facts(exp_dir: Path, labels: str) -> dict[str, Any]:
+    """What `save_quantizer` left beside the quantizer of a set of labels; nothing where it is one
+    that tells nothing."""
+    path = exp_dir / "quantizer" / labels / "quantizer.pt.json"
+    again = _again(exp_dir, f"quantizer-{labels}", 4)
+    return read_json(path, again, again) if path.exists() else {}
+
+
+def _again(exp_dir: Path, step: str, stage: int) -> str:
+    """The remedy for a damaged file in a folder that is there: run.sh looks at no more."""
+    return f"remove {exp_dir / 'stamps' / step}, then run stage {stage}"
 
 
 def embedding_bytes_per_hour(exp_dir: Path, labels: str) -> float | None:
@@ -50,8 +61,7 @@ def embedding_bytes_per_hour(exp_dir: Path, labels: str) -> float | None:
 
     None where the quantizer does not say what it was trained on.
     """
-    path = exp_dir / "quantizer" / labels / "quantizer.pt.json"
-    meta = json.loads(path.read_text()) if path.exists() else {}
+    meta = read_quantizer_facts(exp_dir, labels)
     if not meta.get("dim") or not meta.get("frame_shift"):
         return None
     return 4 * meta["dim"] * 3600 / meta["frame_shift"]
@@ -108,7 +118,8 @@ def student_row(
       RecipeError: it has not been trained or decoded.
     """
     folder = exp_dir / student
-    settings = json.loads(require(folder / "settings.json", "run stage 6").read_text())
+    again = _again(exp_dir, f"student-{student}", 6)
+    settings = read_json(folder / "settings.json", "run stage 6", again)
     decoded = read_decoded(folder)
     kind, has_labels = kind_of(settings["distillation"])
     last = read_log(folder)[-1]
@@ -157,7 +168,8 @@ def _published_section(exp_dir: Path, data_dir: Path, labels: str, command: str)
 
 
 def _teacher_sections(exp_dir: Path, labels: str, command: str) -> dict[str, dict[str, Any]]:
-    teacher = json.loads((exp_dir / "teacher-wer" / "wer.json").read_text())
+    again = _again(exp_dir, "verify-teacher", 2)
+    teacher = read_json(exp_dir / "teacher-wer" / "wer.json", "run stage 2", again)
     diagnostics = read_diagnostics(exp_dir, labels)
     return {
         "teacher": {

@@ -1,7 +1,10 @@
 """What the report gathers, and what its rows are called."""
 
+import json
+
 import pytest
 
+from mvqkd.errors import RecipeError
 from mvqkd.report.collect import collect_results, kind_of
 from mvqkd.report.table import results_document, write_results_json
 
@@ -40,3 +43,68 @@ def test_published_labels_have_no_teacher_here(labelled_cuts, origin, tmp_path):
     assert other["labels"]["made_by"] == f"{origin.quantizer} of layer 2 of tiny"
     assert other["labels"]["origin"]["conf_hash"] == "0123456789ab"
     write_results_json(tmp_path / "results.json", results_document(rows, other))
+
+
+@pytest.fixture
+def exp_dir(tmp_path):
+    """What the stages leave of a streaming student that was not distilled."""
+    exp = tmp_path / "exp"
+    heard = [["one", ["a", "b"], ["a"]], ["two", ["a", "b"], ["a", "b"]]]
+    test_set = {"rtf": 0.1, "results": heard}
+    documents = {
+        "none/settings.json": {
+            "distillation": {"kind": "none"},
+            "device": "cpu",
+            "training": {"seed": 1, "num_epochs": 3},
+        },
+        "none/log.jsonl": {"kind": "train", "step": 50, "epoch": 3, "seconds": 100, "loss": 1.0},
+        "none/decoded.json": {
+            "setting": "greedy",
+            "streaming": True,
+            "num_params": 9,
+            "test_sets": {"test": test_set},
+        },
+        "teacher-wer/wer.json": {"wer": {"test": 9.0}, "device": "cpu"},
+        "quantizer/mvq/diagnostics.json": {
+            "rrl": {"0": 0.3},
+            "num_codebooks": 2,
+            "device": "cpu",
+            "seed": 0,
+        },
+    }
+    for name, document in documents.items():
+        (exp / name).parent.mkdir(parents=True, exist_ok=True)
+        (exp / name).write_text(json.dumps(document) + "\n")
+    (exp / "stamps").mkdir()
+    for step in ("student-none", "verify-teacher", "quantizer-mvq"):
+        (exp / "stamps" / step).write_text("0123456789abcdef\n")
+    return exp
+
+
+def collect(exp_dir):
+    return collect_results(exp_dir, exp_dir, "mvq", ["none"], "./run.sh")
+
+
+def change(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "damaged"),
+    [
+        ("teacher-wer/wer.json", "run stage 2", "remove {}/stamps/verify-teacher, .* stage 2"),
+        ("none/settings.json", "run stage 6", "remove {}/stamps/student-none, .* stage 6"),
+        ("none/log.jsonl", "stage 6", "remove {}/stamps/student-none, .* stage 6"),
+        ("none/decoded.json", "run stage 7", "remove it, then run stage 7"),
+        ("quantizer/mvq/diagnostics.json", "run stage 4", "remove it, then run stage 4"),
+    ],
+)
+def test_what_is_missing_or_damaged_is_said_with_its_stage(exp_dir, name, missing, damaged):
+    (exp_dir / name).write_text('{"a": 1, ')
+    with pytest.raises(
+        RecipeError, match=f"{name}: .*JSONDecodeError.*; {damaged}".format(exp_dir)
+    ):
+        collect(exp_dir)
+    (exp_dir / name).unlink()
+    with pytest.raises(RecipeError, match=f"{name}: no such file or folder; .*{missing}$"):
+        collect(exp_dir)
