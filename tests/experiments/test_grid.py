@@ -64,7 +64,7 @@ def recipe(tmp_path, monkeypatch):
     labels = tmp_path / "data/toy/labels/mvq"
     labels.mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mvqkd.report.collect.label_bytes_per_hour", lambda folder: 1e6)
+    monkeypatch.setattr("mvqkd.report.collect.label_bytes_per_hour", lambda *args: 1e6)
     for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path

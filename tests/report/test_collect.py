@@ -3,33 +3,73 @@
 import json
 
 import pytest
+import torch
 
+from mvqkd.data.labels import (
+    FIELD,
+    CodebookIndexes,
+    Dumper,
+    Embeddings,
+    LabelSettings,
+    dump_labels,
+)
 from mvqkd.errors import RecipeError
-from mvqkd.report.collect import collect_results, kind_of
+from mvqkd.report.collect import collect_results, kind_of, label_bytes_per_hour
 from mvqkd.report.table import results_document, write_results_json
 
 
 @pytest.mark.parametrize(
-    ("settings", "name", "stored"),
+    ("settings", "name", "fields"),
     [
-        ({"kind": "none"}, "none", False),
-        ({"kind": "mvq"}, "mvq", True),  # of a run before there were further terms
-        ({"kind": "mvq", "in_loop": False, "more": []}, "mvq", True),
-        ({"kind": "l2", "in_loop": True, "more": []}, "l2 in loop", False),
+        ({"kind": "none"}, "none", []),
+        ({"kind": "mvq"}, "mvq", [FIELD]),  # of a run before there were further terms
+        ({"kind": "mvq", "in_loop": False, "more": []}, "mvq", [FIELD]),
+        ({"kind": "l2", "in_loop": True, "more": []}, "l2 in loop", []),
         (
             {"kind": "mvq", "in_loop": True, "more": [{"kind": "l2", "in_loop": None}]},
             "mvq in loop + l2 in loop",
-            False,
+            [],
         ),
         (
             {"kind": "mvq", "in_loop": False, "more": [{"kind": "mvq-l2", "in_loop": True}]},
             "mvq + mvq-l2 in loop",
-            True,
+            [FIELD],
         ),
+        (
+            {"kind": "mvq", "field": "layer4", "more": [{"kind": "l1"}]},
+            "mvq + l1",
+            ["layer4", "embeddings"],
+        ),
+        ({"kind": "l2", "forgotten_key": 1}, "l2", ["embeddings"]),
     ],
 )
-def test_kinds_of_all_terms(settings, name, stored):
-    assert kind_of(settings) == (name, stored)
+def test_kinds_of_all_terms(settings, name, fields):
+    assert kind_of(settings) == (name, set(fields))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_bytes_of_the_fields_that_a_student_learned(
+    feature_cuts, teacher, quantizer, origin, tmp_path, dtype
+):
+    kinds = [
+        CodebookIndexes(teacher, quantizer, origin, refine_iters=1),
+        Embeddings(teacher, 1, dtype, "embeddings"),
+    ]
+    folders = [tmp_path / "both", tmp_path / "indexes"]
+    for folder, chosen in zip(folders, (kinds, kinds[:1])):
+        dumper = Dumper(chosen, LabelSettings(), torch.device("cpu"))
+        cuts = dump_labels(feature_cuts, folder / "train.jsonl.gz", dumper, 5)
+    both = label_bytes_per_hour(folders[0], {FIELD, "embeddings"})
+    indexes = label_bytes_per_hour(folders[0], {FIELD})
+    assert indexes + label_bytes_per_hour(folders[0], {"embeddings"}) == pytest.approx(both)
+    hours = sum(cut.duration for cut in cuts) / 3600
+    frames = sum(cut.custom[FIELD].num_frames for cut in cuts)
+    # What is in the files beside the arrays is shared, and those of so few frames are mostly that.
+    alone = label_bytes_per_hour(folders[1], {FIELD})
+    assert frames * 4 < indexes * hours < 1.5 * alone * hours
+    assert indexes < both / 2
+    with pytest.raises(RecipeError, match=r"train.jsonl.gz: its cuts have no embeddings"):
+        label_bytes_per_hour(folders[1], {"embeddings"})
 
 
 def test_published_labels_have_no_teacher_here(labelled_cuts, origin, tmp_path):
