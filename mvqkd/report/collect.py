@@ -22,6 +22,16 @@ from mvqkd.report.table import NO_DISTILLATION, Origin, StudentResult, WerResult
 
 # Of the bootstrap.
 SEED = 0
+# What else the report says of the codebooks; see `mvqkd.quantizer.diagnostics.diagnose`.
+_OF_CODEBOOKS = (
+    "quantizer_id",
+    "codebook_size",
+    "num_frames",
+    "entropy_bits",
+    "entropy_bits_max",
+    "dead_entries",
+    "correlation",
+)
 
 
 def read_log(exp_dir: Path) -> list[dict[str, Any]]:
@@ -161,7 +171,14 @@ def student_row(
         wer, lo, hi = wer_interval(entry["results"], seed=SEED)
         words = sum(len(ref) for _, ref, _ in entry["results"])
         errors = round(wer * words / 100)
-        test_sets[part] = WerResult(wer=wer, lo=lo, hi=hi, errors=errors, words=words)
+        test_sets[part] = WerResult(
+            wer=wer,
+            lo=lo,
+            hi=hi,
+            errors=errors,
+            words=words,
+            emission_delay=entry.get("emission_delay"),
+        )
     test_entries = decoded["test_sets"].values()
     return StudentResult(
         name=name,
@@ -206,8 +223,12 @@ def _teacher_sections(exp_dir: Path, labels: str, command: str) -> dict[str, dic
     again = _again(exp_dir, "verify-teacher", 2)
     teacher = read_json(exp_dir / "teacher-wer" / "wer.json", "run stage 2", again)
     diagnostics = read_diagnostics(exp_dir, labels)
+    facts = read_quantizer_facts(exp_dir, labels)
     return {
         "teacher": {
+            "name": facts.get("teacher"),
+            "layer": facts.get("layer"),
+            "embedding_bytes_per_hour": embedding_bytes_per_hour(exp_dir, labels),
             "wer": teacher["wer"],
             "origin": {
                 "command": command,
@@ -219,6 +240,7 @@ def _teacher_sections(exp_dir: Path, labels: str, command: str) -> dict[str, dic
         "quantizer": {
             "rrl": diagnostics["rrl"],
             "num_codebooks": diagnostics["num_codebooks"],
+            **{key: diagnostics[key] for key in _OF_CODEBOOKS if key in diagnostics},
             "origin": {
                 "command": command,
                 "conf_hash": _stamp(exp_dir, f"quantizer-{labels}")[:12],

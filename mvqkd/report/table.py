@@ -52,6 +52,8 @@ class WerResult:
     delta_lo: float | None = None
     delta_hi: float | None = None
     p: float | None = None
+    # Of a streaming student: how late tokens come, as `mvqkd.decoding.times.EmissionDelay` has it.
+    emission_delay: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,12 @@ from mvqkd.data.labels import (
 )
 from mvqkd.errors import RecipeError
 from mvqkd.report.collect import collect_results, kind_of, label_bytes_per_hour
-from mvqkd.report.table import results_document, write_results_json
+from mvqkd.report.table import (
+    read_document,
+    read_results,
+    results_document,
+    write_results_json,
+)
 
 
 @pytest.mark.parametrize(
@@ -148,3 +153,29 @@ def test_what_is_missing_or_damaged_is_said_with_its_stage(exp_dir, name, missin
     (exp_dir / name).unlink()
     with pytest.raises(RecipeError, match=f"{name}: no such file or folder; .*{missing}$"):
         collect(exp_dir)
+
+
+def test_document_holds_what_the_report_shows(exp_dir):
+    # Of a version before there was more.
+    rows, other = collect(exp_dir)
+    assert rows[0].test_sets["test"].emission_delay is None
+    assert other["teacher"]["name"] is None and other["teacher"]["layer"] is None
+    assert set(other["quantizer"]) == {"rrl", "num_codebooks", "origin"}
+
+    delay = {"tokens": 3, "mean": 0.04, "p90": 0.08, "shown": 0.5}
+    decoded = json.loads((exp_dir / "none/decoded.json").read_text())
+    decoded["test_sets"]["test"]["emission_delay"] = delay
+    change(exp_dir / "none/decoded.json", **decoded)
+    facts = {"teacher": "hubert", "layer": 5, "dim": 4, "frame_shift": 0.02}
+    (exp_dir / "quantizer/mvq/quantizer.pt.json").write_text(json.dumps(facts))
+    use = {"entropy_bits": [7.5, 7.9], "entropy_bits_max": 8.0, "dead_entries": [3, 0]}
+    change(exp_dir / "quantizer/mvq/diagnostics.json", **use, index_counts=[[1], [2]])
+    path = exp_dir / "results.json"
+    write_results_json(path, results_document(*collect(exp_dir)))
+    document = read_document(path)
+    assert document["students"][0]["test_sets"]["test"]["emission_delay"] == delay
+    assert use.items() <= document["quantizer"].items()
+    assert "index_counts" not in document["quantizer"]
+    assert (document["teacher"]["name"], document["teacher"]["layer"]) == ("hubert", 5)
+    assert document["teacher"]["embedding_bytes_per_hour"] == 4 * 4 * 50 * 3600
+    assert read_results(path) == collect(exp_dir)[0]
