@@ -45,9 +45,9 @@ def measured_seconds(places: Places, student: Student) -> float | None:
     # Of one that was killed the step's time is that of its last call; its log knows all of it.
     log = places.exp / student.name / "log.jsonl"
     if log.exists() and log.stat().st_size:
-        training = max(
-            training, read_json_lines(log, "remove it, for its times are lost")[-1]["seconds"]
-        )
+        stamp = places.exp / "stamps" / f"student-{student.name}"
+        entries = read_json_lines(log, f"remove {stamp}, then run again")
+        training = max(training, entries[-1]["seconds"])
     return training + decoding
 
 

@@ -161,6 +161,10 @@ def test_says_how_long_it_takes(recipe):
     assert [student.name for student in plan.left] == ["mvq-n4-seed2"]
     assert (plan.seconds, plan.num_measured) == (40 + 60 + 110, 1)
 
+    (recipe / "exp/toy/none-seed1/log.jsonl").write_text('{"seconds": 100}\n{"seco')
+    with pytest.raises(RecipeError, match=r"none-seed1/log\.jsonl: .* remove .*student-none-seed1"):
+        estimate(grid, places, 1)
+
 
 def test_one_that_is_trained_anew_is_not_done(recipe):
     grid = grid_of(recipe)
