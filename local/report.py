@@ -17,7 +17,13 @@ from mvqkd.report.collect import (
 )
 from mvqkd.report.page import PageSettings, Report, write_page
 from mvqkd.report.plots import plot_training_curves, plot_wer_bars
-from mvqkd.report.table import results_document, wer_table, write_results_json
+from mvqkd.report.table import (
+    PaperResult,
+    results_document,
+    wer_table,
+    with_paper,
+    write_results_json,
+)
 
 
 @dataclass
@@ -36,6 +42,8 @@ class Settings:
     # Whose audio the page shows and plays.
     test_manifests: list[Path] = field(default_factory=list)
     page: PageSettings = field(default_factory=PageSettings)
+    # What others have published, to stand beside the students that are like it.
+    paper: list[PaperResult] = field(default_factory=list)
 
 
 def main(settings: Settings) -> None:
@@ -44,6 +52,7 @@ def main(settings: Settings) -> None:
     rows, other = collect_results(
         exp_dir, settings.data_dir, labels, students, settings.command, published
     )
+    rows = with_paper(rows, settings.paper)
     out = exp_dir / "report"
     with written_aside(out) as aside:
         aside.mkdir()

@@ -31,7 +31,7 @@ from typing import TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from mvqkd.errors import RecipeError
+from mvqkd.errors import RecipeError, reason_of
 
 T = TypeVar("T")
 
@@ -48,7 +48,9 @@ def parse(settings_class: type[T], args: Sequence[str] | None = None) -> tuple[T
         exit_on_error=False, allow_abbrev=False, description=settings_class.__doc__
     )
     parser.add_argument("--config", action="config", help="a YAML file; may be given again")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument(
+        "--debug", action="store_true", help="show tracebacks, as does MVQKD_DEBUG=1"
+    )
     positional = {f.name for f in dataclasses.fields(settings_class) if "positional" in f.metadata}
     parser.add_class_arguments(settings_class, fail_untyped=True, skip=positional)
     for name in positional:
@@ -97,18 +99,24 @@ def _end_cleanly_on_sigterm() -> None:
 def run(main: Callable[[T], None], settings_class: type[T]) -> None:
     """Parse the command line, call ``main`` and exit: 0, or 1 after one line on stderr.
 
-    Under `mvqkd.launch` it prints the line: several processes may come to the same error.
+    With ``--debug``, or MVQKD_DEBUG=1 in the environment, an error shows its traceback. Under
+    `mvqkd.launch` that prints the line: several processes may come to the same error.
     """
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    debug = "--debug" in sys.argv
+    # Before the options are read, which may be what is wrong. The variable reaches all of run.sh.
+    debug = "--debug" in sys.argv or os.environ.get("MVQKD_DEBUG") == "1"
     _end_cleanly_on_sigterm()
     try:
-        settings, debug = parse(settings_class)
+        settings, _ = parse(settings_class)
         main(settings)
-    except RecipeError as error:
+    except Exception as error:
         if debug:
             raise
-        message = f"{sys.argv[0]}: {error}"
+        if isinstance(error, RecipeError):
+            message = f"{sys.argv[0]}: {error}"
+        else:
+            remedy = "run again with --debug to see where"
+            message = f"{sys.argv[0]}: {reason_of(error)}; {remedy}"
         if "MVQKD_LAUNCH" in os.environ:
             error_file = os.environ["TORCHELASTIC_ERROR_FILE"]
             record = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import json
 import os
 import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from mvqkd.errors import RecipeError
+from mvqkd.errors import RecipeError, reason_of
 
 # No space left on the device, quota exceeded, file larger than allowed.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -99,3 +101,47 @@ def require(path: Path | str, remedy: str) -> Path:
     if empty:
         raise RecipeError(f"{path}: empty; {remedy}")
     return path
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"{type(value).__name__}, not an object")
+    return value
+
+
+def read_json(path: Path | str, remedy: str, if_damaged: str | None = None) -> dict[str, Any]:
+    """The JSON object in ``path``.
+
+        read_json(exp_dir / "decoded.json", "run stage 7")
+
+    Args:
+      if_damaged: the remedy for a file that is there and cannot be read; None: to remove it, then
+        ``remedy``.
+
+    Raises:
+      RecipeError: it is missing, empty or damaged; the message ends with the remedy.
+    """
+    path = require(path, remedy)
+    try:
+        return _json_object(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"{path}: cannot be read as JSON ({reason_of(error)}); "
+            f"{if_damaged or f'remove it, then {remedy}'}"
+        ) from error
+
+
+def read_json_lines(path: Path | str, remedy: str) -> list[dict[str, Any]]:
+    """The JSON objects in ``path``, one a line; at least one.
+
+    Raises:
+      RecipeError: it is missing, empty or damaged; the message ends with ``remedy``.
+    """
+    path = require(path, remedy)
+    try:
+        return [_json_object(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"{path}: a line cannot be read as JSON ({reason_of(error)}); {remedy}"
+        ) from error

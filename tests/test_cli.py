@@ -1,5 +1,6 @@
 """Settings from files and options; one line for what is wrong."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def test_run_prints_one_line_and_exits_with_1(monkeypatch, capsys):
     def fail(settings):
         raise RecipeError("FILE: cause; remedy")
 
+    monkeypatch.delenv("MVQKD_DEBUG", raising=False)
     monkeypatch.setattr("sys.argv", ["stage.py", "--out", "o"])
     with pytest.raises(SystemExit) as stopped:
         cli.run(fail, Settings)
@@ -95,6 +97,58 @@ def test_run_prints_one_line_and_exits_with_1(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["stage.py", "--out", "o", "--debug"])
     with pytest.raises(RecipeError):
         cli.run(fail, Settings)
+
+
+@pytest.fixture
+def unexpected(monkeypatch):
+    """A main that ends in an error that nobody has foreseen, and its command line."""
+
+    def fail(settings):
+        raise KeyError("first\nsecond")
+
+    monkeypatch.delenv("MVQKD_DEBUG", raising=False)
+    monkeypatch.delenv("MVQKD_LAUNCH", raising=False)
+    monkeypatch.setattr("sys.argv", ["stage.py", "--out", "o"])
+    return fail
+
+
+def test_unexpected_error_is_one_line_too(unexpected, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(unexpected, Settings)
+    assert stopped.value.code == 1
+    line = "stage.py: KeyError: 'first\\nsecond'; run again with --debug to see where\n"
+    assert capsys.readouterr().err == line
+
+    def full(settings):
+        raise RuntimeError("\nCUDA out of memory\nmuch more")
+
+    with pytest.raises(SystemExit):
+        cli.run(full, Settings)
+    line = "stage.py: RuntimeError: CUDA out of memory; run again with --debug to see where\n"
+    assert capsys.readouterr().err == line
+
+
+def test_debug_lets_errors_through(unexpected, monkeypatch):
+    monkeypatch.setenv("MVQKD_DEBUG", "1")
+    with pytest.raises(KeyError):
+        cli.run(unexpected, Settings)
+    monkeypatch.setenv("MVQKD_DEBUG", "")
+    with pytest.raises(SystemExit):
+        cli.run(unexpected, Settings)
+    monkeypatch.setattr("sys.argv", ["stage.py", "--out", "o", "--debug"])
+    with pytest.raises(KeyError):
+        cli.run(unexpected, Settings)
+
+
+def test_unexpected_error_is_left_for_the_launcher(unexpected, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("MVQKD_LAUNCH", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(unexpected, Settings)
+    assert stopped.value.code == 1 and capsys.readouterr().err == ""
+    record = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert record["message"].startswith("stage.py: KeyError: ")
+    assert record["message"].endswith("; run again with --debug to see where")
 
 
 def test_unknown_key_leaves_main_uncalled(monkeypatch, capsys):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mvqkd.errors import RecipeError
-from mvqkd.files import require, written_aside
+from mvqkd.files import read_json, read_json_lines, require, written_aside
 
 
 def test_takes_its_place_on_success_only(tmp_path):
@@ -64,6 +64,38 @@ def test_require(tmp_path):
         require(tmp_path, "look")
     (tmp_path / "file").write_text("x")
     assert require(tmp_path / "file", "look") == tmp_path / "file"
+
+
+def test_read_json(tmp_path):
+    path = tmp_path / "a.json"
+    with pytest.raises(RecipeError, match=r"a\.json: no such file or folder; run it$"):
+        read_json(path, "run it")
+    for damaged, cause in [
+        (b"", "empty; run it"),
+        (b'{"a": [1,', "JSONDecodeError: .*; remove it, then run it"),
+        (b"\xff\xfe", "UnicodeDecodeError: .*; remove it, then run it"),
+        (b"[1]", "ValueError: list, not an object.*; remove it, then run it"),
+    ]:
+        path.write_bytes(damaged)
+        with pytest.raises(RecipeError, match=rf"a\.json: .*{cause}$"):
+            read_json(path, "run it")
+    with pytest.raises(RecipeError, match=r"; copy it$"):
+        read_json(path, "run it", "copy it")
+    with pytest.raises(RecipeError, match="IsADirectoryError"):
+        read_json(tmp_path, "run it")
+    path.write_text('{"a": "ä"}', encoding="utf-8")
+    assert read_json(path, "run it") == {"a": "ä"}
+
+
+def test_read_json_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(RecipeError, match=r"a\.jsonl: no such file or folder; run it$"):
+        read_json_lines(path, "run it")
+    path.write_text('{"a": 1}\n{"a": ')
+    with pytest.raises(RecipeError, match=r"a\.jsonl: a line .*JSONDecodeError: .*; run it$"):
+        read_json_lines(path, "run it")
+    path.write_text('{"a": 1}\n{"a": 2}\n')
+    assert read_json_lines(path, "run it") == [{"a": 1}, {"a": 2}]
 
 
 @pytest.mark.parametrize("has_links", [True, False])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from mvqkd.decoding.search import BeamSearch, GreedySearch, Hypothesis
 from mvqkd.decoding.streaming import decode_streaming
 from mvqkd.decoding.times import EmissionDelay, emission_delays, summarize_delays, words_with_times
 from mvqkd.errors import RecipeError
-from mvqkd.files import require
+from mvqkd.files import read_json
 from mvqkd.students.conformer import ConformerSettings, subsampled_lengths
 from mvqkd.students.scaling import fold_scales
 from mvqkd.students.transducer import Transducer, TransducerSettings, build_transducer
@@ -62,7 +61,10 @@ def load_student(exp_dir: Path, settings: DecodingSettings) -> tuple[Transducer,
     Raises:
       RecipeError: it has not been trained, or a checkpoint is damaged.
     """
-    document = json.loads(require(exp_dir / "settings.json", "run stage 6").read_text())
+    stamp = exp_dir.parent / "stamps" / f"student-{exp_dir.name}"  # of a folder that is there
+    document = read_json(
+        exp_dir / "settings.json", "run stage 6", f"remove {stamp}, then run stage 6"
+    )
     model_settings = dict(document["model"])
     encoder = ConformerSettings(**model_settings.pop("encoder"))
     encoder.middle_output_layers = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import subprocess
@@ -17,6 +16,7 @@ from statistics import mean
 from mvqkd.data.shards import place_in_job, taken
 from mvqkd.errors import RecipeError
 from mvqkd.experiments.grid import GridSettings, Places, Student, run_command, students_of
+from mvqkd.files import read_json_lines
 
 LABEL_STEPS = ("embeddings", "quantizer", "labels")
 FIRST_STEPS = ("corpus", "manifests", "features", "tokens", "teacher", "verify-teacher")
@@ -44,8 +44,10 @@ def measured_seconds(places: Places, student: Student) -> float | None:
         return None
     # Of one that was killed the step's time is that of its last call; its log knows all of it.
     log = places.exp / student.name / "log.jsonl"
-    if log.exists() and (lines := log.read_text().splitlines()):
-        training = max(training, json.loads(lines[-1])["seconds"])
+    if log.exists() and log.stat().st_size:
+        stamp = places.exp / "stamps" / f"student-{student.name}"
+        entries = read_json_lines(log, f"remove {stamp}, then run again")
+        training = max(training, entries[-1]["seconds"])
     return training + decoding
 
 

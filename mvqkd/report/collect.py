@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-import json
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+
+from lhotse.array import TemporalArray
 
 from mvqkd.data.labels import ORIGIN_FIELD, in_words
 from mvqkd.data.manifests import read_cuts
 from mvqkd.decoding.scoring import paired_difference, wer_interval
-from mvqkd.files import require
-from mvqkd.report.table import Origin, StudentResult, WerResult, undistilled
+from mvqkd.errors import RecipeError
+from mvqkd.files import read_json, read_json_lines, require
+from mvqkd.losses.distillation import DistillationSettings, MoreSettings
+from mvqkd.report.table import NO_DISTILLATION, Origin, StudentResult, WerResult, undistilled
 
 # Of the bootstrap.
 SEED = 0
+# What else the report says of the codebooks; see `mvqkd.quantizer.diagnostics.diagnose`.
+_OF_CODEBOOKS = (
+    "quantizer_id",
+    "codebook_size",
+    "num_frames",
+    "entropy_bits",
+    "entropy_bits_max",
+    "dead_entries",
+    "correlation",
+)
 
 
 def read_log(exp_dir: Path) -> list[dict[str, Any]]:
     """The training log as `plot_training_curves` takes it."""
-    lines = require(exp_dir / "log.jsonl", "run stage 6").read_text().splitlines()
+    again = _again(exp_dir.parent, f"student-{exp_dir.name}", 6)
     records = []
-    for entry in map(json.loads, lines):
+    for entry in read_json_lines(exp_dir / "log.jsonl", again):
         kind = entry["kind"]
         losses = {
             f"{kind}/{name}": value
@@ -36,13 +51,25 @@ def read_log(exp_dir: Path) -> list[dict[str, Any]]:
 
 def read_decoded(exp_dir: Path) -> dict[str, Any]:
     """What stage 7 left of a student: its setting, and the words of each test set."""
-    return json.loads(require(exp_dir / "decoded.json", "run stage 7").read_text())
+    return read_json(exp_dir / "decoded.json", "run stage 7")
 
 
 def read_diagnostics(exp_dir: Path, labels: str) -> dict[str, Any]:
     """Of the quantizer of a set of labels."""
-    path = exp_dir / "quantizer" / labels / "diagnostics.json"
-    return json.loads(require(path, "run stage 4").read_text())
+    return read_json(exp_dir / "quantizer" / labels / "diagnostics.json", "run stage 4")
+
+
+def read_quantizer_facts(exp_dir: Path, labels: str) -> dict[str, Any]:
+    """What `save_quantizer` left beside the quantizer of a set of labels; nothing where it is one
+    that tells nothing."""
+    path = exp_dir / "quantizer" / labels / "quantizer.pt.json"
+    again = _again(exp_dir, f"quantizer-{labels}", 4)
+    return read_json(path, again, again) if path.exists() else {}
+
+
+def _again(exp_dir: Path, step: str, stage: int) -> str:
+    """The remedy for a damaged file in a folder that is there: run.sh looks at no more."""
+    return f"remove {exp_dir / 'stamps' / step}, then run stage {stage}"
 
 
 def embedding_bytes_per_hour(exp_dir: Path, labels: str) -> float | None:
@@ -50,18 +77,44 @@ def embedding_bytes_per_hour(exp_dir: Path, labels: str) -> float | None:
 
     None where the quantizer does not say what it was trained on.
     """
-    path = exp_dir / "quantizer" / labels / "quantizer.pt.json"
-    meta = json.loads(path.read_text()) if path.exists() else {}
+    meta = read_quantizer_facts(exp_dir, labels)
     if not meta.get("dim") or not meta.get("frame_shift"):
         return None
     return 4 * meta["dim"] * 3600 / meta["frame_shift"]
 
 
-def label_bytes_per_hour(labels_dir: Path) -> float:
-    """Bytes on disk of the label arrays for an hour of speech."""
-    cuts = read_cuts(labels_dir / "train.jsonl.gz")
-    blocks = sum(path.stat().st_blocks for path in labels_dir.rglob("*.h5"))
-    return 512 * blocks / (sum(cut.duration for cut in cuts) / 3600)
+def label_bytes_per_hour(labels_dir: Path, wanted: Collection[str]) -> float:
+    """Bytes on disk, for an hour of speech, of the label arrays of the fields ``wanted``.
+
+    The arrays of all fields lie in the same files, whose other bytes count for each array alike.
+
+    Raises:
+      RecipeError: the cuts have no such field.
+    """
+    manifest = labels_dir / "train.jsonl.gz"
+    seconds, num_arrays, num_values = 0.0, Counter(), Counter()
+    firsts: dict[str, TemporalArray] = {}
+    for cut in read_cuts(manifest):
+        seconds += cut.duration
+        for name, label in (cut.custom or {}).items():
+            if isinstance(label, TemporalArray):
+                firsts.setdefault(name, label)
+                num_arrays[name] += 1
+                num_values[name] += math.prod(label.shape)
+    for name in wanted:
+        if name not in firsts:
+            raise RecipeError(
+                f"{manifest}: its cuts have no {name}, which a student learned; run stages 5 to 7"
+            )
+    on_disk = 512.0 * sum(path.stat().st_blocks for path in labels_dir.rglob("*.h5"))
+    if firsts.keys() - set(wanted):
+        num_bytes = {name: num_values[name] * firsts[name].load().itemsize for name in firsts}
+        total = sum(num_bytes.values())
+        # Less than the arrays' on a file system that compresses.
+        share = sum(num_bytes[name] for name in wanted) / total
+        share_of_arrays = sum(num_arrays[name] for name in wanted) / num_arrays.total()
+        on_disk = share * min(on_disk, total) + share_of_arrays * max(0.0, on_disk - total)
+    return on_disk / (seconds / 3600)
 
 
 def _stamp(exp_dir: Path, step: str) -> str:
@@ -108,16 +161,24 @@ def student_row(
       RecipeError: it has not been trained or decoded.
     """
     folder = exp_dir / student
-    settings = json.loads(require(folder / "settings.json", "run stage 6").read_text())
+    again = _again(exp_dir, f"student-{student}", 6)
+    settings = read_json(folder / "settings.json", "run stage 6", again)
     decoded = read_decoded(folder)
-    kind, has_labels = kind_of(settings["distillation"])
+    kind, label_fields = kind_of(settings["distillation"])
     last = read_log(folder)[-1]
     test_sets = {}
     for part, entry in decoded["test_sets"].items():
         wer, lo, hi = wer_interval(entry["results"], seed=SEED)
         words = sum(len(ref) for _, ref, _ in entry["results"])
         errors = round(wer * words / 100)
-        test_sets[part] = WerResult(wer=wer, lo=lo, hi=hi, errors=errors, words=words)
+        test_sets[part] = WerResult(
+            wer=wer,
+            lo=lo,
+            hi=hi,
+            errors=errors,
+            words=words,
+            emission_delay=entry.get("emission_delay"),
+        )
     test_entries = decoded["test_sets"].values()
     return StudentResult(
         name=name,
@@ -132,7 +193,9 @@ def student_row(
             _date(exp_dir / "stamps" / f"student-{student}"),
         ),
         label_bytes_per_hour=(
-            label_bytes_per_hour(data_dir / "labels" / labels) if has_labels else None
+            label_bytes_per_hour(data_dir / "labels" / labels, label_fields)
+            if label_fields
+            else None
         ),
         training_seconds=last["seconds"],
         num_params=decoded["num_params"],
@@ -157,10 +220,15 @@ def _published_section(exp_dir: Path, data_dir: Path, labels: str, command: str)
 
 
 def _teacher_sections(exp_dir: Path, labels: str, command: str) -> dict[str, dict[str, Any]]:
-    teacher = json.loads((exp_dir / "teacher-wer" / "wer.json").read_text())
+    again = _again(exp_dir, "verify-teacher", 2)
+    teacher = read_json(exp_dir / "teacher-wer" / "wer.json", "run stage 2", again)
     diagnostics = read_diagnostics(exp_dir, labels)
+    facts = read_quantizer_facts(exp_dir, labels)
     return {
         "teacher": {
+            "name": facts.get("teacher"),
+            "layer": facts.get("layer"),
+            "embedding_bytes_per_hour": embedding_bytes_per_hour(exp_dir, labels),
             "wer": teacher["wer"],
             "origin": {
                 "command": command,
@@ -172,6 +240,7 @@ def _teacher_sections(exp_dir: Path, labels: str, command: str) -> dict[str, dic
         "quantizer": {
             "rrl": diagnostics["rrl"],
             "num_codebooks": diagnostics["num_codebooks"],
+            **{key: diagnostics[key] for key in _OF_CODEBOOKS if key in diagnostics},
             "origin": {
                 "command": command,
                 "conf_hash": _stamp(exp_dir, f"quantizer-{labels}")[:12],
@@ -182,20 +251,24 @@ def _teacher_sections(exp_dir: Path, labels: str, command: str) -> dict[str, dic
     }
 
 
-def kind_of(distillation: dict[str, Any]) -> tuple[str, bool]:
-    """The kinds of all terms, as the table names them, and whether any learns from stored labels.
+def kind_of(distillation: dict[str, Any]) -> tuple[str, set[str]]:
+    """The kinds of all terms, as the table names them, and the fields of the stored labels that
+    they learn from.
 
     Args:
-      distillation: the settings that a student was trained with.
+      distillation: the settings that a student was trained with, perhaps by another version.
     """
-    names, stored = [], False
-    for term in (distillation, *distillation.get("more", [])):
-        in_loop = term.get("in_loop")
-        if in_loop is None:
-            in_loop = distillation.get("in_loop", False)
-        names.append(term["kind"] + (" in loop" if in_loop else ""))
-        stored |= term["kind"] != "none" and not in_loop
-    return " + ".join(names), stored
+
+    def known(settings_class, values):
+        names = {f.name for f in fields(settings_class)}
+        return settings_class(**{name: v for name, v in values.items() if name in names})
+
+    settings = known(DistillationSettings, distillation)
+    settings.more = [known(MoreSettings, more) for more in settings.more]
+    terms = settings.terms()
+    names = [term.kind + (" in loop" if term.in_loop else "") for term in terms]
+    stored = {term.field for term in terms if not term.in_loop}
+    return " + ".join(names) or NO_DISTILLATION, stored
 
 
 def compared(rows: list[StudentResult], decoded: Sequence[dict[str, Any]]) -> list[StudentResult]:

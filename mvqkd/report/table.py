@@ -52,6 +52,8 @@ class WerResult:
     delta_lo: float | None = None
     delta_hi: float | None = None
     p: float | None = None
+    # Of a streaming student: how late tokens come, as `mvqkd.decoding.times.EmissionDelay` has it.
+    emission_delay: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,42 @@ class StudentResult:
     # Published WER by test set, and what published them.
     paper: dict[str, float] = field(default_factory=dict)
     paper_source: str = ""
+
+
+@dataclass
+class PaperResult:
+    """What others have published of a student, to stand beside the rows that are like it."""
+
+    # As the rows have them.
+    distillation: str
+    # WER in percent by test set.
+    wer: dict[str, float]
+    # What published it, and how the student was made.
+    source: str
+    streaming: bool = False
+    # A part of the rows' decoding setting, e.g. "epoch-30-": other epochs, chunks or searches give
+    # other numbers.
+    decoding: str = ""
+
+    def is_like(self, row: StudentResult) -> bool:
+        return (
+            self.distillation == row.distillation
+            and self.streaming == row.streaming
+            and self.decoding in row.decoding
+        )
+
+
+def with_paper(
+    rows: Sequence[StudentResult], published: Sequence[PaperResult]
+) -> list[StudentResult]:
+    """``rows``, each with the first published result that is like it."""
+    beside = []
+    for row in rows:
+        paper = next((one for one in published if one.is_like(row)), None)
+        if paper is not None:
+            row = dataclasses.replace(row, paper=dict(paper.wer), paper_source=paper.source)
+        beside.append(row)
+    return beside
 
 
 def undistilled(rows: Sequence[StudentResult], row: StudentResult) -> StudentResult | None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mvqkd.data.datamodule import StudentBatch
-from mvqkd.decoding.decode import DecodingSettings, decode, decode_batch
+from mvqkd.decoding.decode import DecodingSettings, decode, decode_batch, load_student
 from mvqkd.decoding.times import words_with_times
+from mvqkd.errors import RecipeError
 from tests.decoding.random_transducer import NUM_FEATURES, few_tokens, random_transducer
 
 CPU = torch.device("cpu")
@@ -36,3 +37,13 @@ def test_words_come_with_their_times(causal, tmp_path):
         assert decoded.times[name] == [(word.start, word.end) for word in words]
     assert any(decoded.times.values())
     assert (decoded.emission_delay is not None) == causal
+
+
+def test_student_without_whole_settings_is_refused(tmp_path):
+    folder = tmp_path / "mvq"
+    with pytest.raises(RecipeError, match=r"mvq/settings\.json: no such file.*; run stage 6$"):
+        load_student(folder, DecodingSettings())
+    folder.mkdir()
+    (folder / "settings.json").write_text('{"model": {')
+    with pytest.raises(RecipeError, match=r"settings\.json: .*; remove .*stamps/student-mvq, then"):
+        load_student(folder, DecodingSettings())

@@ -64,7 +64,7 @@ def recipe(tmp_path, monkeypatch):
     labels = tmp_path / "data/toy/labels/mvq"
     labels.mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mvqkd.report.collect.label_bytes_per_hour", lambda folder: 1e6)
+    monkeypatch.setattr("mvqkd.report.collect.label_bytes_per_hour", lambda *args: 1e6)
     for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
@@ -160,6 +160,10 @@ def test_says_how_long_it_takes(recipe):
     # 100 s of training by its log, 10 of decoding; the sets of labels are still not there.
     assert [student.name for student in plan.left] == ["mvq-n4-seed2"]
     assert (plan.seconds, plan.num_measured) == (40 + 60 + 110, 1)
+
+    (recipe / "exp/toy/none-seed1/log.jsonl").write_text('{"seconds": 100}\n{"seco')
+    with pytest.raises(RecipeError, match=r"none-seed1/log\.jsonl: .* remove .*student-none-seed1"):
+        estimate(grid, places, 1)
 
 
 def test_one_that_is_trained_anew_is_not_done(recipe):

@@ -7,6 +7,7 @@ import pytest
 from mvqkd.errors import RecipeError
 from mvqkd.report.table import (
     Origin,
+    PaperResult,
     StudentResult,
     WerResult,
     format_bytes,
@@ -16,6 +17,7 @@ from mvqkd.report.table import (
     results_document,
     undistilled,
     wer_table,
+    with_paper,
     write_results_json,
 )
 
@@ -190,3 +192,29 @@ def test_unreadable_results(tmp_path, content):
         path.write_text(content)
     with pytest.raises(RecipeError, match=r"results\.json: cannot be read as results"):
         read_results(path)
+
+
+def test_published_results_stand_beside_rows_that_are_like_them():
+    settings = {"epochs": 30, "paper": {}, "paper_source": ""}
+    none = dataclasses.replace(BASE, **settings, decoding="greedy_search-epoch-30-avg-10")
+    rows = [
+        none,
+        dataclasses.replace(none, distillation="mvq"),
+        dataclasses.replace(none, streaming=True),
+        dataclasses.replace(none, decoding="greedy_search-epoch-3-avg-1"),
+    ]
+    published = [
+        PaperResult("none", {"test-clean": 1.0}, "A", decoding="-epoch-20-"),
+        PaperResult("none", {"test-clean": 2.0}, "B", decoding="-epoch-30-"),
+        PaperResult("none", {"test-clean": 3.0}, "C", decoding="-epoch-30-"),
+        PaperResult("none", {"test-clean": 4.0, "test-other": 5.0}, "D", streaming=True),
+    ]
+    beside = with_paper(rows, published)
+    assert [(row.paper.get("test-clean"), row.paper_source) for row in beside] == [
+        (2.0, "B"),
+        (None, ""),
+        (4.0, "D"),
+        (None, ""),
+    ]
+    assert with_paper(rows, []) == rows
+    assert "Published: B; D" in wer_table(beside)
