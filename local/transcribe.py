@@ -22,6 +22,7 @@ from mvqkd.decoding.decode import DecodingSettings, check_vocabulary, load_stude
 from mvqkd.decoding.transcribe import FORMATS, SegmentSettings, transcribe
 from mvqkd.device import pick_device
 from mvqkd.errors import RecipeError
+from mvqkd.files import read_json
 
 # Every key of decoding; None: as stage 7 decoded the student.
 DecodingChanges = make_dataclass(
@@ -67,7 +68,7 @@ def main(settings: Settings) -> None:
     model, _ = load_student(settings.exp_dir, decoding)
     check_vocabulary(model, tokens, settings.tokens_dir)
     model.to(device)
-    student = json.loads((settings.exp_dir / "settings.json").read_text())
+    student = read_json(settings.exp_dir / "settings.json", "run stage 6")
     num_bins = model.encoder.settings.num_features
     # As its features were computed.
     extractor = make_extractor(FeatureSettings(student.get("extractor", "fbank"), num_bins))

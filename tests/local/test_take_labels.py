@@ -48,7 +48,8 @@ def test_student_learns_from_published_indexes(prepared):
     lines = (exp / "mvq-published/log.jsonl").read_text().splitlines()
     trained = [json.loads(line) for line in lines if json.loads(line)["kind"] == "train"]
     assert all(f"accuracy-{n}" in trained[-1] for n in range(8)) and trained[-1]["distillation"] > 0
-    assert json.loads((exp / "mvq-published/settings.json").read_text())["distillation"]["quantizer"] is None
+    settings = json.loads((exp / "mvq-published/settings.json").read_text())
+    assert settings["distillation"]["quantizer"] is None
 
     again = run_sh(folder, *args, "--students", "mvq", cwd=folder.parent)
     assert begun_steps(again) == []
