@@ -242,6 +242,22 @@ def test_regression_on_the_normalized_embedding(parts, kind):
     assert set(distilled.head.state_dict()) == {"linear.weight", "linear.bias"}
 
 
+@pytest.mark.parametrize("kind", ["mvq-l1", "mvq-l2", "l1", "l2"])
+def test_a_dimension_that_never_changes(parts, kind):
+    quantizer, meta, middle_BTC, lens_B, labels_BUN = parts
+    with torch.no_grad():
+        quantizer.centers[..., 0] = 0.0
+    meta["mean"][0] = 0.0
+    # Its normalized value is 0, whatever it is divided by.
+    losses = []
+    for deviation in (0.0, 1.0):
+        meta["std"][0] = deviation
+        labels = labels_of(kind, quantizer, labels_BUN)
+        distilled = distillation(kind, quantizer, meta)
+        losses.append(distilled.loss(middle_BTC, lens_B, labels)[0])
+    assert losses[0] > 0 and losses[0] == losses[1]
+
+
 def test_joint_sees_the_codebooks_before(parts):
     quantizer, meta, middle_BTC, lens_B, labels_BUN = parts
     distilled = distillation("mvq-joint", quantizer, meta)
