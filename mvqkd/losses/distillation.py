@@ -166,10 +166,6 @@ class Pairing:
         late = (times - group_centre) / self.teacher_shift
         return (late + 1e-6).floor().long() + self.extra_shift
 
-    def first_frame(self) -> int:
-        """The teacher frame that student frame 0's group begins with."""
-        return int(self.first_frames(torch.tensor(self.student_offset, dtype=torch.float64)))
-
     def pair(
         self,
         labels_BUX: torch.Tensor,
