@@ -6,7 +6,8 @@ from pathlib import Path
 
 from lhotse import CutSet, Recording
 
-from mvqkd.data.features import SAMPLE_RATE, FeatureSettings, compute_features
+from mvqkd.data import SAMPLE_RATE
+from mvqkd.data.features import FeatureSettings, compute_features
 from mvqkd.data.manifests import write_cuts
 from mvqkd.errors import RecipeError, reason_of
 from mvqkd.files import require, written_aside

@@ -19,8 +19,9 @@ from lhotse import CutSet
 from lhotse.array import TemporalArray
 from lhotse.utils import fastcopy
 
+from mvqkd.data import SAMPLE_RATE
 from mvqkd.data.labels import FIELD, ORIGIN_FIELD, Origin, join_labels, out_of_range, verify_labels
-from mvqkd.data.manifests import SAMPLE_RATE, read_cuts, write_cuts
+from mvqkd.data.manifests import read_cuts, write_cuts
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
 

@@ -23,7 +23,8 @@ import numpy as np
 import soundfile
 from scipy.signal import resample_poly
 
-from mvqkd.data.synthesis import SAMPLE_RATE, write_speakers_table
+from mvqkd.data import SAMPLE_RATE
+from mvqkd.data.synthesis import write_speakers_table
 from mvqkd.errors import RecipeError
 from mvqkd.files import require, written_aside
 
