@@ -36,7 +36,7 @@ def prepare_noise(
     """
     paths = sorted(require(folder, "name a folder with WAV files").rglob("*.wav"))
     if not paths:
-        raise RecipeError(f"{folder}: holds no WAV file; name the folder of MUSAN")
+        raise RecipeError(f"{folder}: holds no WAV file; name a folder with WAV files")
     # Names alone would not do: folders may hold files of one name.
     whole = CutSet.from_cuts(_recording(folder, path).to_cut() for path in paths)
     done = compute_features(

@@ -35,10 +35,10 @@ class PublishedSettings:
     # What made them.
     teacher: str
     layer: int
+    # The manifest of a training part: a name with ``{part}`` in it.
+    manifest: str
     # A commit. None: the newest.
     revision: str | None = None
-    # The manifest of a training part.
-    manifest: str = "librispeech_cuts_{part}-vq.jsonl.gz"
     num_codebooks: int = 8
     codebook_size: int = 256
     # Of the teacher, seconds: from a frame to the next, and to the centre of frame 0.
