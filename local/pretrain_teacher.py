@@ -9,8 +9,6 @@ Under torchrun the processes share all of it but k-means, which the first one do
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,15 +17,14 @@ from lhotse import CutSet
 
 from mvqkd import cli
 from mvqkd.data.manifests import read_cuts
-from mvqkd.device import describe_device, pick_device
-from mvqkd.files import written_aside
-from mvqkd.processes import connected, is_main, num_processes
+from mvqkd.device import pick_device
+from mvqkd.processes import connected
 from mvqkd.teachers import load_teacher
 from mvqkd.teachers.ctc import HubertSettings, new_hubert
 from mvqkd.teachers.mfcc import Mfcc
 from mvqkd.teachers.pretraining import PredictionSettings, PretrainingTask
+from mvqkd.teachers.trained import read_origin, save_trained
 from mvqkd.teachers.units import UnitSettings, label_units
-from mvqkd.training.checkpoint import load_checkpoint
 from mvqkd.training.loop import TrainingSettings, train
 
 
@@ -90,36 +87,25 @@ def pretrain(settings: Settings, device: torch.device) -> None:
         settings.cache_audio,
     )
     train(task, settings.training, settings.work_dir, device)
-    if not is_main():
-        return
-    last = load_checkpoint(settings.work_dir / f"epoch-{settings.training.num_epochs}.pt")
-    task.model.load_state_dict(last["model"])
-    log = [json.loads(line) for line in (settings.work_dir / "log.jsonl").open()]
-    origin = {
-        "command": " ".join(sys.argv),
-        "seed": seed,
-        "device": describe_device(device),
-        "num_processes": num_processes(),
-        "training_minutes": round(log[-1]["seconds"] / 60, 1),
-        "speech_hours": round(task.epoch_seconds / 3600, 2),
-        "epochs": settings.training.num_epochs,
-        "units": {
-            "of": settings.units,
-            "layer": settings.unit_labels.layer,
-            "number": settings.unit_labels.kmeans.num_units,
-            **{key: round(value, 3) for key, value in unit_figures.items()},
-        },
-        "dev": {
-            key: round(value, 3)
-            for key, value in log[-1].items()
-            if key.startswith(("loss", "masked", "unmasked"))
-        },
+    units = {
+        "of": settings.units,
+        "layer": settings.unit_labels.layer,
+        "number": settings.unit_labels.kmeans.num_units,
+        **{key: round(value, 3) for key, value in unit_figures.items()},
     }
-    if not of_mfcc and (made_from := Path(settings.units) / "origin.json").exists():
-        origin["units"]["origin"] = json.loads(made_from.read_text())
-    with written_aside(settings.out_dir) as aside:
-        teacher.cpu().save(aside)
-        (aside / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
+    if not of_mfcc and (origin := read_origin(settings.units)):
+        units["origin"] = origin
+    save_trained(
+        teacher,
+        task,
+        settings.training,
+        settings.work_dir,
+        settings.out_dir,
+        device,
+        torch.float32,
+        digits=3,
+        units=units,
+    )
 
 
 if __name__ == "__main__":

@@ -5,21 +5,18 @@ It begins from random weights, or from those of another teacher, pre-trained or 
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from lhotse import CutSet
 
 from mvqkd import cli
 from mvqkd.data.manifests import read_cuts
-from mvqkd.device import describe_device, pick_device
-from mvqkd.files import written_aside
-from mvqkd.processes import is_main, num_processes
+from mvqkd.device import pick_device
 from mvqkd.teachers import load_teacher
 from mvqkd.teachers.ctc import CtcTask, HubertSettings, add_ctc_head, new_hubert
-from mvqkd.training.checkpoint import load_checkpoint
+from mvqkd.teachers.trained import read_origin, save_trained
 from mvqkd.training.loop import TrainingSettings, train
 
 
@@ -62,27 +59,17 @@ def main(settings: Settings) -> None:
         settings.speed_factors,
     )
     train(task, settings.training, settings.work_dir, device)
-    if not is_main():
-        return
-    last = load_checkpoint(settings.work_dir / f"epoch-{settings.training.num_epochs}.pt")
-    teacher.load_state_dict(last["model"])
-    log = [json.loads(line) for line in (settings.work_dir / "log.jsonl").open()]
-    origin = {
-        "command": " ".join(sys.argv),
-        "seed": seed,
-        "device": describe_device(device),
-        "num_processes": num_processes(),
-        "training_minutes": round(log[-1]["seconds"] / 60, 1),
-        "speech_hours": round(task.epoch_seconds / 3600, 2),
-        "epochs": settings.training.num_epochs,
-        "dev": {key: round(log[-1][key], 2) for key in log[-1] if key.startswith("wer")},
-    }
-    if settings.init and (made_from := Path(settings.init) / "origin.json").exists():
-        origin["init"] = json.loads(made_from.read_text())
-    with written_aside(settings.out_dir) as aside:
-        # Half precision halves the files; the indexes are made from what is stored.
-        teacher.cpu().half().save(aside)
-        (aside / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
+    save_trained(
+        teacher,
+        task,
+        settings.training,
+        settings.work_dir,
+        settings.out_dir,
+        device,
+        torch.float16,  # halves the files; the indexes are made from what is stored
+        digits=2,
+        init=read_origin(settings.init) if settings.init else None,
+    )
 
 
 if __name__ == "__main__":

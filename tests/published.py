@@ -7,7 +7,8 @@ from lhotse import CutSet, MonoCut, NumpyHdf5Writer
 from lhotse.utils import fastcopy
 
 ELSEWHERE = "/star-home/someone/icefall/egs/librispeech/ASR/exp/vq/splits2"
-MANIFEST = "librispeech_cuts_train-clean-100-vq.jsonl.gz"
+MANIFESTS = "librispeech_cuts_{part}-vq.jsonl.gz"
+MANIFEST = MANIFESTS.format(part="train-clean-100")
 
 
 def write_published(cuts, folder: Path, num_codebooks=8) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from mvqkd import cli
 from mvqkd.data.download import download, extract_files
 from mvqkd.data.stringing import (
     BAD_LIST,
-    PARTS,
+    PartNames,
     StringingSettings,
     WordRecording,
     check_complete,
@@ -25,6 +25,8 @@ from mvqkd.data.stringing import (
 PATTERN = r"(?P<word>\d)_(?P<speaker>[A-Za-z]\w*)_(?P<take>\d+)\.wav"
 DIGITS = ("ZERO", "ONE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE")
 WORDS = {str(digit): word for digit, word in enumerate(DIGITS)}
+# LibriSpeech's.
+PARTS = PartNames("train-clean-100", "dev-clean", "test-clean")
 REMEDY = "pass --dl-dir FOLDER with a copy of the Free Spoken Digit Dataset"
 
 
@@ -70,10 +72,11 @@ def main(settings: Settings) -> None:
     else:
         recordings = list_recordings(settings.dl_dir, PATTERN, WORDS, REMEDY)
     if settings.split == "take":
-        parts = split_by_take(recordings, settings.test_takes, settings.dev_takes)
+        parts = split_by_take(recordings, PARTS, settings.test_takes, settings.dev_takes)
     else:
         parts = split_by_speaker(
             recordings,
+            PARTS,
             settings.test_speakers,
             settings.dev_speakers,
             settings.dev_takes,

@@ -1,0 +1,3 @@
+"""Speech and its labels. Waveforms are of one rate everywhere."""
+
+SAMPLE_RATE = 16000

@@ -18,7 +18,7 @@ import soundfile
 from lhotse.features.base import FeatureExtractor
 from scipy.signal import firwin, resample_poly
 
-from mvqkd.data.features import SAMPLE_RATE
+from mvqkd.data import SAMPLE_RATE
 from mvqkd.errors import RecipeError, reason_of
 
 BLOCK_SECONDS = 20

@@ -17,8 +17,7 @@ import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 from mvqkd.errors import RecipeError
@@ -114,29 +113,6 @@ def download(
             "that can be written to, then run again"
         ) from error
     return path
-
-
-def download_all(
-    items: Iterable[tuple[str, str | Path, str | None]],
-    workers: int = 4,
-    progress: bool = True,
-    **options,
-) -> list[Path]:
-    """``download`` each ``(url, path, sha256)``, ``workers`` at a time; returns paths in order.
-
-    After a failure no further file is begun; what has been fetched stays, so that running again
-    goes on from there. ``options`` are those of ``download``.
-
-    Raises:
-        RecipeError: the first failure, in the order of ``items``.
-    """
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        jobs = [pool.submit(download, *item, progress, **options) for item in items]
-        try:
-            return [job.result() for job in jobs]
-        except RecipeError:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def extract_files(archive: str | Path, folder: str | Path, pattern: str) -> Path:

@@ -18,12 +18,11 @@ from lhotse.cut import Cut
 from lhotse.features.base import FeatureExtractor, Features
 from lhotse.utils import fastcopy
 
+from mvqkd.data import SAMPLE_RATE
 from mvqkd.data.audio import load_audio
 from mvqkd.data.shards import ArrayFile, map_shards
 from mvqkd.errors import RecipeError, reason_of
 from mvqkd.files import written_aside
-
-SAMPLE_RATE = 16000
 
 
 @dataclass

@@ -19,10 +19,9 @@ import soundfile
 from lhotse import CutSet
 from lhotse.recipes import prepare_librispeech
 
+from mvqkd.data import SAMPLE_RATE
 from mvqkd.errors import RecipeError, reason_of
 from mvqkd.files import require, written_aside
-
-SAMPLE_RATE = 16000
 
 
 @dataclass

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from lhotse import CutSet, Recording
 
-from mvqkd.data.features import SAMPLE_RATE, FeatureSettings, compute_features
+from mvqkd.data import SAMPLE_RATE
+from mvqkd.data.features import FeatureSettings, compute_features
 from mvqkd.data.manifests import write_cuts
 from mvqkd.errors import RecipeError, reason_of
 from mvqkd.files import require, written_aside
@@ -35,7 +36,7 @@ def prepare_noise(
     """
     paths = sorted(require(folder, "name a folder with WAV files").rglob("*.wav"))
     if not paths:
-        raise RecipeError(f"{folder}: holds no WAV file; name the folder of MUSAN")
+        raise RecipeError(f"{folder}: holds no WAV file; name a folder with WAV files")
     # Names alone would not do: folders may hold files of one name.
     whole = CutSet.from_cuts(_recording(folder, path).to_cut() for path in paths)
     done = compute_features(

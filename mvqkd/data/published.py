@@ -19,8 +19,9 @@ from lhotse import CutSet
 from lhotse.array import TemporalArray
 from lhotse.utils import fastcopy
 
+from mvqkd.data import SAMPLE_RATE
 from mvqkd.data.labels import FIELD, ORIGIN_FIELD, Origin, join_labels, out_of_range, verify_labels
-from mvqkd.data.manifests import SAMPLE_RATE, read_cuts, write_cuts
+from mvqkd.data.manifests import read_cuts, write_cuts
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
 
@@ -34,10 +35,10 @@ class PublishedSettings:
     # What made them.
     teacher: str
     layer: int
+    # The manifest of a training part: a name with ``{part}`` in it.
+    manifest: str
     # A commit. None: the newest.
     revision: str | None = None
-    # The manifest of a training part.
-    manifest: str = "librispeech_cuts_{part}-vq.jsonl.gz"
     num_codebooks: int = 8
     codebook_size: int = 256
     # Of the teacher, seconds: from a frame to the next, and to the centre of frame 0.

@@ -2,7 +2,8 @@
 
     pattern = r"(?P<word>\\d)_(?P<speaker>\\w+)_(?P<take>\\d+)\\.wav"
     recordings = list_recordings("wavs", pattern, {"0": "ZERO", "1": "ONE"})
-    parts = split_by_take(recordings, test_takes=[0, 1], dev_takes=[2])
+    names = PartNames("train", "dev", "test")
+    parts = split_by_take(recordings, names, test_takes=[0, 1], dev_takes=[2])
     make_strung_corpus(parts, "corpus", StringingSettings(), num_workers=2)
 
 Shapes: L samples at 16 kHz.
@@ -18,21 +19,27 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
 from scipy.signal import resample_poly
 
-from mvqkd.data.synthesis import SAMPLE_RATE, write_speakers_table
+from mvqkd.data import SAMPLE_RATE
+from mvqkd.data.synthesis import write_speakers_table
 from mvqkd.errors import RecipeError
 from mvqkd.files import require, written_aside
 
-# LibriSpeech's names. A part's chapters have its number here, so that utterance ids stay
-# apart where a speaker is in several parts.
-TRAIN, DEV, TEST = PARTS = ("train-clean-100", "dev-clean", "test-clean")
-
 MIN_SAMPLE_RATE = 8000
 BAD_LIST = "bad_recordings.txt"
+
+
+class PartNames(NamedTuple):
+    """What the parts of a corpus are called."""
+
+    train: str
+    dev: str
+    test: str
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,10 @@ def check_complete(recordings: Sequence[WordRecording], takes: int, remedy: str)
 
 
 def split_by_take(
-    recordings: Sequence[WordRecording], test_takes: Sequence[int], dev_takes: Sequence[int]
+    recordings: Sequence[WordRecording],
+    names: PartNames,
+    test_takes: Sequence[int],
+    dev_takes: Sequence[int],
 ) -> dict[str, list[WordRecording]]:
     """Parts by the number of the take: every speaker is in every part.
 
@@ -188,15 +198,16 @@ def split_by_take(
     both = set(test_takes) & set(dev_takes)
     if both:
         raise _conf_error("dev_takes", list(dev_takes), f"{min(both)} is also in test_takes")
-    parts = {part: [] for part in PARTS}
+    parts = {part: [] for part in names}
     for recording in recordings:
         in_test, in_dev = recording.take in test_takes, recording.take in dev_takes
-        parts[TEST if in_test else DEV if in_dev else TRAIN].append(recording)
+        parts[names.test if in_test else names.dev if in_dev else names.train].append(recording)
     return _no_empty(parts, "choose other test_takes and dev_takes")
 
 
 def split_by_speaker(
     recordings: Sequence[WordRecording],
+    names: PartNames,
     test_speakers: Sequence[str],
     dev_speakers: Sequence[str],
     dev_takes: Sequence[int],
@@ -220,21 +231,21 @@ def split_by_speaker(
     if not test_speakers:
         others = [s for s in speakers if s not in dev_speakers]
         test_speakers = [random.Random(f"{seed}/test speaker").choice(others or speakers)]
-    for key, names in (("test_speakers", test_speakers), ("dev_speakers", dev_speakers)):
-        for name in names:
+    for key, held_out in (("test_speakers", test_speakers), ("dev_speakers", dev_speakers)):
+        for name in held_out:
             if name not in speakers:
                 raise _conf_error(key, name, f"the recordings are by {', '.join(speakers)}")
     both = set(test_speakers) & set(dev_speakers)
     if both:
         raise _conf_error("dev_speakers", min(both), "is also in test_speakers")
-    parts = {part: [] for part in PARTS}
+    parts = {part: [] for part in names}
     for recording in recordings:
         if recording.speaker in test_speakers:
-            part = TEST
+            part = names.test
         elif dev_speakers:
-            part = DEV if recording.speaker in dev_speakers else TRAIN
+            part = names.dev if recording.speaker in dev_speakers else names.train
         else:
-            part = DEV if recording.take in dev_takes else TRAIN
+            part = names.dev if recording.take in dev_takes else names.train
         parts[part].append(recording)
     return _no_empty(parts, f"of {len(speakers)} speakers, hold out fewer")
 
@@ -276,6 +287,7 @@ def read_word(path: Path, settings: StringingSettings) -> np.ndarray:
 
 def plan_part(
     part: str,
+    names: PartNames,
     recordings: Sequence[WordRecording],
     seconds: dict[Path, float],
     speaker_ids: dict[str, int],
@@ -299,14 +311,15 @@ def plan_part(
     utterances = []
     for speaker, own in sorted(by_speaker.items()):
         rng = random.Random(f"{settings.seed}/{part}/{speaker}")
-        if part == TRAIN:
+        if part == names.train:
             word_lists = _strings_without_end(own, settings.num_words, rng)
             needed = settings.train_minutes * 60 / len(by_speaker)
         else:
-            uses = settings.dev_uses if part == DEV else settings.test_uses
+            uses = settings.dev_uses if part == names.dev else settings.test_uses
             word_lists = _strings_of_uses(own, uses, settings.num_words, rng)
             needed = math.inf
-        chapter = f"{speaker_ids[speaker]}-{PARTS.index(part) + 1}"
+        # A number of the part's own: ids stay apart where a speaker is in several parts.
+        chapter = f"{speaker_ids[speaker]}-{names.index(part) + 1}"
         count, total = 0, 0.0
         while total < needed and (words := next(word_lists, None)):
             level = rng.uniform(*settings.utterance_gain_db)
@@ -373,7 +386,7 @@ def make_strung_corpus(
     replaced as a whole at the end.
 
     Args:
-        parts: the recordings of ``train-clean-100``, ``dev-clean`` and ``test-clean``.
+        parts: what `split_by_take` or `split_by_speaker` gave.
 
     Raises:
         RecipeError: parts that share a recording, too many bad recordings, too few of a speaker,
@@ -381,14 +394,18 @@ def make_strung_corpus(
     """
     settings.check()
     _check_disjoint(parts)
-    recordings = [r for part in PARTS for r in parts[part]]
+    names = PartNames(*parts)
+    recordings = [r for own in parts.values() for r in own]
     speaker_ids = {s: i for i, s in enumerate(sorted({r.speaker for r in recordings}), 1)}
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         audio, bad = _read_all(recordings, settings, pool)
         seconds = {path: len(audio_L) / SAMPLE_RATE for path, audio_L in audio.items()}
-        usable = {part: [r for r in parts[part] if r.path in audio] for part in PARTS}
+        usable = {part: [r for r in own if r.path in audio] for part, own in parts.items()}
         _no_empty(usable, "add recordings that can be read")
-        plans = {p: plan_part(p, usable[p], seconds, speaker_ids, settings) for p in PARTS}
+        plans = {
+            part: plan_part(part, names, own, seconds, speaker_ids, settings)
+            for part, own in usable.items()
+        }
         summary, rows = {}, []
         with written_aside(out_dir) as root:
             for part, utterances in plans.items():

@@ -21,10 +21,9 @@ import numpy as np
 import soundfile
 from scipy.signal import fftconvolve, lfilter, resample_poly
 
+from mvqkd.data import SAMPLE_RATE
 from mvqkd.data.shards import worker_pool
 from mvqkd.errors import RecipeError
-
-SAMPLE_RATE = 16000
 
 # From speak_lib.h.
 _AUDIO_OUTPUT_SYNCHRONOUS = 2

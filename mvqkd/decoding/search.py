@@ -123,17 +123,11 @@ class _Search:
 class GreedySearch(_Search):
     """Take the likeliest symbol at each frame (of the transducer of Graves, arXiv 1211.3711).
 
+    One token a frame at most, as the modified transducer topology of the beam search allows.
+
     Args:
       model: the transducer, in evaluation mode.
-      max_sym_per_frame: tokens that one frame may emit; after so many the frame is left as if
-        blank had come. 1 is what the modified transducer topology of the beam search allows.
     """
-
-    def __init__(self, model: nn.Module, max_sym_per_frame: int = 1):
-        super().__init__(model)
-        if max_sym_per_frame < 1:
-            raise ValueError(f"max_sym_per_frame is {max_sym_per_frame}; it must be 1 or more")
-        self.max_sym_per_frame = max_sym_per_frame
 
     def _start(self, encoder_out_BTC: Tensor) -> None:
         B, device = encoder_out_BTC.size(0), encoder_out_BTC.device
@@ -148,24 +142,18 @@ class GreedySearch(_Search):
         blanks_B = torch.full_like(context_BU[:, 0], self.blank)
         symbols, frames = [], []
         for t, A in enumerate(active_T):
-            live_A = None  # streams that have not taken blank at this frame; None: all
-            for _ in range(self.max_sym_per_frame):
-                log_probs_AV = self._log_probs(encoder_TBJ[t, :A], predictor_BJ[:A])
-                best_A, symbol_A = log_probs_AV.max(dim=-1)
-                if live_A is not None:
-                    best_A = best_A.masked_fill(~live_A, 0.0)
-                    symbol_A = symbol_A.masked_fill(~live_A, self.blank)
-                log_prob_B[:A] += best_A
-                live_A = symbol_A != self.blank
-                rows = live_A.nonzero()[:, 0]
-                if rows.numel() == 0:
-                    break
-                last_symbols = symbol_A.index_select(0, rows)[:, None]
-                shifted = torch.cat([context_BU.index_select(0, rows)[:, 1:], last_symbols], dim=1)
-                context_BU.index_copy_(0, rows, shifted)
-                predictor_BJ.index_copy_(0, rows, self._predict(shifted))
-                symbols.append(torch.cat([symbol_A, blanks_B[A:]]))
-                frames.append(t)
+            log_probs_AV = self._log_probs(encoder_TBJ[t, :A], predictor_BJ[:A])
+            best_A, symbol_A = log_probs_AV.max(dim=-1)
+            log_prob_B[:A] += best_A
+            rows = (symbol_A != self.blank).nonzero()[:, 0]
+            if rows.numel() == 0:
+                continue
+            last_symbols = symbol_A.index_select(0, rows)[:, None]
+            shifted = torch.cat([context_BU.index_select(0, rows)[:, 1:], last_symbols], dim=1)
+            context_BU.index_copy_(0, rows, shifted)
+            predictor_BJ.index_copy_(0, rows, self._predict(shifted))
+            symbols.append(torch.cat([symbol_A, blanks_B[A:]]))
+            frames.append(t)
 
         inverse_B = order_B.argsort()
         self.context_BU, self.predictor_BJ = context_BU[inverse_B], predictor_BJ[inverse_B]
@@ -360,13 +348,10 @@ class BeamSearch(_Search):
 
 
 def greedy_search_batch(
-    model: nn.Module,
-    encoder_out_BTC: Tensor,
-    encoder_lens_B: Tensor,
-    max_sym_per_frame: int = 1,
+    model: nn.Module, encoder_out_BTC: Tensor, encoder_lens_B: Tensor
 ) -> list[Hypothesis]:
     """Greedy search over whole utterances; see `GreedySearch`."""
-    search = GreedySearch(model, max_sym_per_frame)
+    search = GreedySearch(model)
     search.step(encoder_out_BTC, encoder_lens_B)
     return search.finish()
 

@@ -32,6 +32,8 @@ from mvqkd.quantizer import Quantizer
 Kind = Literal["none", "mvq", "mvq-joint", "mvq-l1", "mvq-l2", "l1", "l2"]
 # The other kinds regress.
 PREDICTS_INDEXES = ("mvq", "mvq-joint")
+# A dimension of the teacher that never changes has none; its normalized value stays finite.
+_MIN_DEVIATION = 1e-5
 
 
 @dataclass
@@ -164,10 +166,6 @@ class Pairing:
         late = (times - group_centre) / self.teacher_shift
         return (late + 1e-6).floor().long() + self.extra_shift
 
-    def first_frame(self) -> int:
-        """The teacher frame that student frame 0's group begins with."""
-        return int(self.first_frames(torch.tensor(self.student_offset, dtype=torch.float64)))
-
     def pair(
         self,
         labels_BUX: torch.Tensor,
@@ -223,7 +221,8 @@ class RegressionHead(nn.Module):
         super().__init__()
         self.power = power
         self.linear = nn.Linear(channels, group_size * len(mean_D))
-        self.register_buffer("std_D", std_D.clone(), persistent=False)
+        std_D = std_D.clamp(min=_MIN_DEVIATION)
+        self.register_buffer("std_D", std_D, persistent=False)
         self.register_buffer("origin_D", mean_D / std_D, persistent=False)
         self.centers_NKD: torch.Tensor | None
         centers_NKD = None

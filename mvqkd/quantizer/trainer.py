@@ -45,7 +45,6 @@ class QuantizerSettings:
     Attributes:
       num_codebooks: N, bytes per frame at 256 entries: 1, 2, 4, 8, 16 or 32.
       codebook_size: K, entries per codebook; the paper's trainer needs a square (16, 256).
-      refine_iters: rounds of the search in encoding with the finished quantizer.
       trainer: "lsq" alternates the search with the closed-form least-squares solution for all
         centers; "paper" is gradient descent in two phases, as published.
       phase_one_iters, phase_two_iters: steps of the paper's trainer.
@@ -69,7 +68,6 @@ class QuantizerSettings:
 
     num_codebooks: int = 8
     codebook_size: int = 256
-    refine_iters: int = 5
     trainer: Literal["paper", "lsq"] = "lsq"
     phase_one_iters: int = 10000
     phase_two_iters: int = 10000

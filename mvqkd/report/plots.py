@@ -23,11 +23,7 @@ def _save(figure: Figure, path: str | os.PathLike) -> None:
         FigureCanvasAgg(figure).print_png(aside)
 
 
-def plot_training_curves(
-    curves: Mapping[str, Sequence[Record]],
-    path: str | os.PathLike,
-    losses: Sequence[str] | None = None,
-) -> None:
+def plot_training_curves(curves: Mapping[str, Sequence[Record]], path: str | os.PathLike) -> None:
     """Losses over training steps, one panel a loss, one line a student.
 
     Args:
@@ -36,14 +32,12 @@ def plot_training_curves(
         some of the losses only, as dev losses are computed less often. Values that are not finite
         leave a gap.
       path: the PNG file.
-      losses: which to draw, in this order; by default all, in order of appearance.
     Raises:
       RecipeError: there is nothing to draw.
     """
-    found = list(
+    panels = list(
         dict.fromkeys(n for records in curves.values() for r in records for n in r["losses"])
     )
-    panels = [name for name in (found if losses is None else losses) if name in found]
     if not panels:
         raise RecipeError(f"{path}: no loss was recorded; train for at least one logged step")
 

@@ -185,8 +185,7 @@ class _Sources:
         cuts = list(self._cuts)
         chosen = cuts[:: -(-len(cuts) // _STATISTICS_UTTERANCES)]
         frames = [self._embeddings(term, cut) for cut in chosen]
-        mean_D, std_D = frame_statistics(np.concatenate(frames), term.field)
-        return mean_D, std_D.clamp(min=1e-5)  # a dimension that never changes stays so
+        return frame_statistics(np.concatenate(frames), term.field)
 
     def _embeddings(self, term: TermSettings, cut) -> np.ndarray:
         """float32 (T, D)."""

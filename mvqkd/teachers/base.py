@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mvqkd.data import SAMPLE_RATE
 from mvqkd.errors import RecipeError, reason_of
-
-SAMPLE_RATE = 16000
 
 
 class Teacher(nn.Module):

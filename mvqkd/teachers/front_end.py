@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import HubertForCTC
 
-SAMPLE_RATE = 16000
+from mvqkd.data import SAMPLE_RATE
 
 
 def initialize_filterbank(model: HubertForCTC, seed: int) -> None:

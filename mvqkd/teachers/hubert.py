@@ -27,9 +27,10 @@ from transformers import HubertForCTC, PreTrainedModel, Wav2Vec2ForCTC, WavLMFor
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging as transformers_logging
 
+from mvqkd.data import SAMPLE_RATE
 from mvqkd.errors import RecipeError, reason_of
 from mvqkd.files import require
-from mvqkd.teachers.base import SAMPLE_RATE, Teacher, kept_layers, read_json
+from mvqkd.teachers.base import Teacher, kept_layers, read_json
 
 # By the model_type of a config.json.
 FAMILIES: dict[str, type[PreTrainedModel]] = {

@@ -12,7 +12,8 @@ import torch
 from lhotse.features.kaldi.layers import Wav2MFCC
 from torch.nn import functional as F
 
-from mvqkd.teachers.base import SAMPLE_RATE, Teacher
+from mvqkd.data import SAMPLE_RATE
+from mvqkd.teachers.base import Teacher
 
 
 class Mfcc(Teacher):

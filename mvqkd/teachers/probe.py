@@ -32,6 +32,7 @@ from lhotse import CutSet, Fbank
 from torch import nn
 from torch.nn import functional as F
 
+from mvqkd.data import SAMPLE_RATE
 from mvqkd.data.audio import load_audio
 from mvqkd.data.labels import speed_of
 from mvqkd.decoding.scoring import Result, wer_interval, word_error_rate
@@ -40,7 +41,7 @@ from mvqkd.files import written_aside
 from mvqkd.quantizer.frames import frame_statistics
 from mvqkd.quantizer.study import unseen_rrl
 from mvqkd.quantizer.trainer import QuantizerSettings
-from mvqkd.teachers.base import SAMPLE_RATE, Teacher
+from mvqkd.teachers.base import Teacher
 from mvqkd.teachers.embeddings import Part, SampleSettings, open_sample, sample_layers
 
 # Utterances, of which some are kept from the probe, and one at least tells when to stop.

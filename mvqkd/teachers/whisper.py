@@ -19,9 +19,10 @@ import torch
 from transformers import WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from mvqkd.data import SAMPLE_RATE
 from mvqkd.errors import RecipeError, reason_of
 from mvqkd.files import require
-from mvqkd.teachers.base import SAMPLE_RATE, Teacher, kept_layers
+from mvqkd.teachers.base import Teacher, kept_layers
 from mvqkd.teachers.hubert import check_weights, load_pretrained
 
 

@@ -359,11 +359,12 @@ def _train(task: Task, settings: TrainingSettings, folder: Path, device: torch.d
             optimizer.zero_grad(set_to_none=True)
             found, problems = accumulate_gradients(own, divisor, warmup)
             if problems:
+                # A left-out step is one all the same to the average, the log and the checkpoints.
                 _count_bad_batches(problems, progress, settings)
-                continue
-            if settings.grad_clip > 0:
-                nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
-            optimizer.step()
+            else:
+                if settings.grad_clip > 0:
+                    nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+                optimizer.step()
             if progress.step % settings.average_period == 0:
                 _update_average(average, model, progress.step, settings.average_period)
             for figures in found:
@@ -371,7 +372,7 @@ def _train(task: Task, settings: TrainingSettings, folder: Path, device: torch.d
                     sums[name] += value
             now = time.monotonic()
             progress.train_seconds = seconds_at_start + now - started
-            if progress.step % settings.log_every_steps == 0:
+            if progress.step % settings.log_every_steps == 0 and sums:
                 weight = sums.pop("weight", 0.0) or 1.0
                 means = {name: value / weight for name, value in sums.items()}
                 sums.clear()

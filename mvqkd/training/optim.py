@@ -251,8 +251,7 @@ class Eden:
 
     ``lr = lr0 * ((b² + B²) / B²)^-0.25 * ((e² + E²) / E²)^-0.25`` for batch b (counted over the
     whole training), epoch e (from 0), ``lr_batches`` B and ``lr_epochs`` E. Call
-    ``step_batch(b)`` once a batch and ``step_epoch(e)`` once an epoch; without an argument they
-    count up by one.
+    ``step_batch(b)`` once a batch and ``step_epoch(e)`` once an epoch.
 
     Args:
       optimizer: its groups' rates at this moment are lr0.
@@ -280,25 +279,12 @@ class Eden:
         self.epoch = 0
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
 
-    def step_batch(self, batch: int | None = None) -> None:
-        self.batch = self.batch + 1 if batch is None else batch
+    def step_batch(self, batch: int) -> None:
+        self.batch = batch
         self._set_lrs()
 
-    def step_epoch(self, epoch: int | None = None) -> None:
-        self.epoch = self.epoch + 1 if epoch is None else epoch
-        self._set_lrs()
-
-    def get_last_lr(self) -> list[float]:
-        """The rate of each parameter group."""
-        return [group["lr"] for group in self.optimizer.param_groups]
-
-    def state_dict(self) -> dict:
-        return {"batch": self.batch, "epoch": self.epoch, "base_lrs": list(self.base_lrs)}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.batch = state["batch"]
-        self.epoch = state["epoch"]
-        self.base_lrs = list(state["base_lrs"])
+    def step_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
         self._set_lrs()
 
     def _set_lrs(self) -> None:

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from mvqkd.data.download import download, download_all, extract_files
+from mvqkd.data.download import download, extract_files
 from mvqkd.errors import RecipeError
 
 BODY = bytes(range(256)) * 4096
@@ -196,14 +196,6 @@ def test_folder_that_cannot_be_made(server, tmp_path):
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(RecipeError, match="taken"):
         fetch(server, tmp_path / "taken" / "file")
-
-
-def test_many_files_come_in_order(server, tmp_path):
-    items = [(f"{server.url}{i}", tmp_path / str(i), SHA256) for i in range(5)]
-    paths = download_all(items, 3, False, pause=0)
-    assert [p.name for p in paths] == list("01234")
-    with pytest.raises(RecipeError, match="SHA-256"):
-        download_all([*items, (server.url, tmp_path / "bad", "0" * 64)], 2, False, pause=0)
 
 
 def make_tar(path, members):

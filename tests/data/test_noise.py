@@ -77,7 +77,7 @@ def test_no_share_no_noise(feature_cuts, noise):
 
 def test_folder_without_sound_is_refused(tmp_path):
     (tmp_path / "README").write_text("none here\n")
-    with pytest.raises(RecipeError, match="holds no WAV file; name the folder of MUSAN"):
+    with pytest.raises(RecipeError, match="holds no WAV file; name a folder with WAV files"):
         prepare_noise(tmp_path, tmp_path / "out.jsonl.gz", 1.0, FeatureSettings(), 1)
 
 

@@ -13,10 +13,10 @@ from mvqkd.data.labels import ORIGIN_FIELD, Origin, load_labels
 from mvqkd.data.published import PublishedSettings, take_labels
 from mvqkd.errors import RecipeError
 from mvqkd.teachers import hub
-from tests.published import MANIFEST, write_published
+from tests.published import MANIFEST, MANIFESTS, write_published
 
 PARTS = ["train-clean-100"]
-SETTINGS = PublishedSettings("lab/indexes", "xlarge", 36)
+SETTINGS = PublishedSettings("lab/indexes", "xlarge", 36, MANIFESTS)
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,7 @@ import soundfile
 
 from mvqkd.data.stringing import (
     BAD_LIST,
-    DEV,
-    PARTS,
-    TEST,
-    TRAIN,
+    PartNames,
     StringingSettings,
     check_complete,
     list_recordings,
@@ -35,6 +32,7 @@ from mvqkd.data.stringing import (
 )
 from mvqkd.errors import RecipeError
 
+TRAIN, DEV, TEST = PARTS = PartNames("train-clean-100", "dev-clean", "test-clean")
 ROOT = Path(__file__).parents[2]
 PATTERN = r"(?P<word>\d)_(?P<speaker>[a-z]+)_(?P<take>\d+)\.wav"
 WORDS = {"0": "zero", "1": "one", "2": "two"}
@@ -67,7 +65,7 @@ def recordings(wavs):
 
 @pytest.fixture
 def parts(recordings):
-    return split_by_take(recordings, test_takes=[0, 1], dev_takes=[2])
+    return split_by_take(recordings, PARTS, test_takes=[0, 1], dev_takes=[2])
 
 
 def digests(folder):
@@ -109,17 +107,17 @@ def test_split_by_take(parts):
 
 def test_split_by_take_of_one_speaker(recordings):
     own = [r for r in recordings if r.speaker == "ann"]
-    assert all(split_by_take(own, [0], [1]).values())
+    assert all(split_by_take(own, PARTS, [0], [1]).values())
 
 
 def test_split_by_speaker(recordings):
-    parts = split_by_speaker(recordings, ["bob"], [], [0, 1])
+    parts = split_by_speaker(recordings, PARTS, ["bob"], [], [0, 1])
     assert {r.speaker for r in parts[TEST]} == {"bob"}
     assert len(parts[TEST]) == len(WORDS) * TAKES
     for part in (TRAIN, DEV):
         assert {r.speaker for r in parts[part]} == {"ann", "cat"}
     assert {r.take for r in parts[DEV]} == {0, 1}
-    parts = split_by_speaker(recordings, ["bob"], ["cat"], [0, 1])
+    parts = split_by_speaker(recordings, PARTS, ["bob"], ["cat"], [0, 1])
     assert {part: {r.speaker for r in parts[part]} for part in PARTS} == {
         TRAIN: {"ann"},
         DEV: {"cat"},
@@ -128,7 +126,9 @@ def test_split_by_speaker(recordings):
 
 
 def test_split_by_speaker_draws_one_if_none_is_given(recordings):
-    drawn = [split_by_speaker(recordings, [], [], [0], seed)[TEST] for seed in (1, 1, 2, 3, 4, 5)]
+    drawn = [
+        split_by_speaker(recordings, PARTS, [], [], [0], seed)[TEST] for seed in (1, 1, 2, 3, 4, 5)
+    ]
     assert drawn[0] == drawn[1]
     assert all(len({r.speaker for r in test}) == 1 for test in drawn)
     assert len({test[0].speaker for test in drawn}) > 1
@@ -136,17 +136,17 @@ def test_split_by_speaker_draws_one_if_none_is_given(recordings):
 
 def test_splits_that_make_no_sense(recordings):
     with pytest.raises(RecipeError, match="0 is also in test_takes"):
-        split_by_take(recordings, [0], [0])
+        split_by_take(recordings, PARTS, [0], [0])
     with pytest.raises(RecipeError, match="train-clean-100: no recording is left"):
-        split_by_take(recordings, [0, 1, 2, 3], [4, 5])
+        split_by_take(recordings, PARTS, [0, 1, 2, 3], [4, 5])
     with pytest.raises(RecipeError, match="test_speakers dan: the recordings are by ann, bob, cat"):
-        split_by_speaker(recordings, ["dan"], [], [0])
+        split_by_speaker(recordings, PARTS, ["dan"], [], [0])
     with pytest.raises(RecipeError, match="dev_speakers bob: is also in test_speakers"):
-        split_by_speaker(recordings, ["bob"], ["bob"], [0])
+        split_by_speaker(recordings, PARTS, ["bob"], ["bob"], [0])
     with pytest.raises(RecipeError, match="hold out fewer"):
-        split_by_speaker(recordings, list(SPEAKERS), [], [0])
+        split_by_speaker(recordings, PARTS, list(SPEAKERS), [], [0])
     with pytest.raises(RecipeError, match="all recordings are by ann"):
-        split_by_speaker([r for r in recordings if r.speaker == "ann"], [], [], [0])
+        split_by_speaker([r for r in recordings if r.speaker == "ann"], PARTS, [], [], [0])
 
 
 def test_same_bytes_for_any_number_of_workers(parts, tmp_path):
@@ -164,8 +164,8 @@ def test_a_speaker_is_the_same_whoever_else_is_there(recordings):
     own = [r for r in recordings if r.speaker == "bob"]
     seconds = {r.path: 0.2 for r in recordings}
     ids = {"ann": 1, "bob": 2, "cat": 3}
-    alone = plan_part(TEST, own, seconds, ids, SETTINGS)
-    among = plan_part(TEST, recordings, seconds, ids, SETTINGS)
+    alone = plan_part(TEST, PARTS, own, seconds, ids, SETTINGS)
+    among = plan_part(TEST, PARTS, recordings, seconds, ids, SETTINGS)
     assert alone == [u for u in among if u.recordings[0].speaker == "bob"]
 
 
@@ -173,7 +173,7 @@ def test_plan_keeps_the_conf(parts):
     seconds = {r.path: 0.2 for part in PARTS for r in parts[part]}
     ids = {s: i for i, s in enumerate(SPEAKERS, 1)}
     for part in PARTS:
-        plan = plan_part(part, parts[part], seconds, ids, SETTINGS)
+        plan = plan_part(part, PARTS, parts[part], seconds, ids, SETTINGS)
         assert len({u.id for u in plan}) == len(plan)
         for utterance in plan:
             assert 3 <= len(utterance.recordings) <= 7
@@ -203,7 +203,8 @@ def test_words_lie_where_the_plan_says(parts):
     settings = replace(SETTINGS, noise_db=(-90, -90), fade_seconds=0.001)
     audio = {r.path: read_word(r.path, settings) for r in parts[TEST]}
     seconds = {path: len(x_L) / 16000 for path, x_L in audio.items()}
-    utterance = plan_part(TEST, parts[TEST], seconds, dict.fromkeys(SPEAKERS, 1), settings)[0]
+    ids = dict.fromkeys(SPEAKERS, 1)
+    utterance = plan_part(TEST, PARTS, parts[TEST], seconds, ids, settings)[0]
     samples_L = render(utterance, audio, settings) / 32767
     start = 0
     for recording, gap, gain in zip(utterance.recordings, utterance.gaps, utterance.gains_db):
@@ -222,7 +223,7 @@ def test_loud_words_are_not_clipped(parts):
     settings = replace(SETTINGS, utterance_gain_db=(30, 30))
     audio = {r.path: read_word(r.path, settings) for r in parts[TEST]}
     plan = plan_part(
-        TEST, parts[TEST], dict.fromkeys(audio, 0.2), dict.fromkeys(SPEAKERS, 1), settings
+        TEST, PARTS, parts[TEST], dict.fromkeys(audio, 0.2), dict.fromkeys(SPEAKERS, 1), settings
     )
     samples_L = render(plan[0], audio, settings)
     assert np.abs(samples_L).max() == round(0.99 * 32767)
@@ -262,7 +263,7 @@ def test_bad_recording(wavs, tmp_path, content, cause):
         bad.write_bytes(content)
     else:
         soundfile.write(bad, *content, subtype="FLOAT")
-    parts = split_by_take(list_recordings(tmp_path, PATTERN, WORDS), [0, 1], [2])
+    parts = split_by_take(list_recordings(tmp_path, PATTERN, WORDS), PARTS, [0, 1], [2])
     out = tmp_path / "out"
     with pytest.raises(RecipeError) as error:
         make_strung_corpus(parts, out, SETTINGS)

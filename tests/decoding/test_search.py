@@ -34,15 +34,13 @@ def log_probs(model, frame_C, tokens):
     return logits[0].log_softmax(-1).tolist()
 
 
-def reference_greedy(model, frames_TC, max_sym_per_frame=1):
+def reference_greedy(model, frames_TC):
     tokens, places, score = [], [], 0.0
     for t, frame_C in enumerate(frames_TC):
-        for _ in range(max_sym_per_frame):
-            scores = log_probs(model, frame_C, tokens)
-            symbol = max(range(len(scores)), key=scores.__getitem__)
-            score += scores[symbol]
-            if symbol == BLANK:
-                break
+        scores = log_probs(model, frame_C, tokens)
+        symbol = max(range(len(scores)), key=scores.__getitem__)
+        score += scores[symbol]
+        if symbol != BLANK:
             tokens.append(symbol)
             places.append(t)
     return tokens, places, score
@@ -77,13 +75,10 @@ def check(hypotheses, expected):
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("max_sym_per_frame", [1, 3])
-def test_greedy_equals_plain_python(seed, max_sym_per_frame):
+def test_greedy_equals_plain_python(seed):
     model, encoder_out_BTC, lens_B = make(seed=seed, blank_logit=0.0)
-    hypotheses = greedy_search_batch(model, encoder_out_BTC, lens_B, max_sym_per_frame)
-    expected = [
-        reference_greedy(model, x[:n], max_sym_per_frame) for x, n in zip(encoder_out_BTC, lens_B)
-    ]
+    hypotheses = greedy_search_batch(model, encoder_out_BTC, lens_B)
+    expected = [reference_greedy(model, x[:n]) for x, n in zip(encoder_out_BTC, lens_B)]
     assert sum(len(e[0]) for e in expected) > 10
     check(hypotheses, expected)
 
@@ -139,7 +134,7 @@ def test_a_beam_that_holds_everything_gives_exact_probabilities():
     assert hypothesis.log_prob == pytest.approx(math.log(exact[best]), abs=1e-5)
 
 
-SEARCHES = [GreedySearch, lambda model: GreedySearch(model, 2), BeamSearch]
+SEARCHES = [GreedySearch, BeamSearch]
 
 
 @pytest.mark.parametrize("search_of", SEARCHES)
@@ -207,8 +202,6 @@ def test_no_frames_at_all():
 
 def test_wrong_use_is_refused():
     model, encoder_out_BTC, lens_B = make()
-    with pytest.raises(ValueError, match="max_sym_per_frame is 0"):
-        GreedySearch(model, 0)
     with pytest.raises(ValueError, match="beam is 0"):
         BeamSearch(model, 0)
     search = GreedySearch(model)

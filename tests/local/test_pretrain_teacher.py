@@ -4,11 +4,13 @@ import hashlib
 import json
 import os
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from lhotse import CutSet
+from safetensors.torch import load_file
 from transformers import HubertConfig, HubertModel
 
 from local.pretrain_teacher import Settings, main
@@ -108,6 +110,13 @@ def test_two_rounds_then_ctc(manifests, tmp_path):
             torch.testing.assert_close(value, loaded[key], rtol=1e-3, atol=1e-3)
     made = json.loads((tmp_path / "ctc/origin.json").read_text())
     assert made["init"]["units"]["number"] == 7
+    assert set(made["dev"]) == {"wer-dev"} and made["epochs"] == 1
+    stored = load_file(tmp_path / "ctc/model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    # Of a teacher that says nothing of itself, nothing is said.
+    (tmp_path / "second/origin.json").unlink()
+    train_ctc(replace(ctc, out_dir=tmp_path / "again"))
+    assert "init" not in json.loads((tmp_path / "again/origin.json").read_text())
 
 
 def test_a_run_of_other_units_is_refused(manifests, tmp_path):

@@ -11,7 +11,7 @@ from mvqkd.data.labels import load_labels
 from mvqkd.data.published import PublishedSettings
 from mvqkd.data.tokens import TokenSettings, train_tokens
 from mvqkd.errors import RecipeError
-from tests.published import write_published
+from tests.published import MANIFESTS, write_published
 from tests.recipe_copy import begun_steps, copy_checkout, error_line, run_sh
 
 ARGS = ("--size", "smoke", "--device", "cpu", "--use-extracted-codebook", "true")
@@ -63,7 +63,7 @@ def test_students_that_need_no_quantizer_are_the_default(prepared):
 
 def test_copy_that_is_not_there(prepared, tmp_path):
     manifest = prepared[0] / "data/mini-smoke/fbank/train.jsonl.gz"
-    published = PublishedSettings("lab/indexes", "xlarge", 36)
+    published = PublishedSettings("lab/indexes", "xlarge", 36, MANIFESTS)
     settings = Settings(published, ["train-clean-100"], manifest, tmp_path / "out", tmp_path / "no")
     with pytest.raises(RecipeError, match="no: no such file or folder; give the folder that the"):
         main(settings)

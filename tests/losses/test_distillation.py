@@ -44,7 +44,7 @@ def frame_numbers(num_frames):
 @pytest.mark.parametrize("shift, first", [(0, 0), (1, 1), (-1, -1), (3, 3)])
 def test_published_pairs_and_their_shift(shift, first):
     pairing = published(shift)
-    assert pairing.group_size == 2 and pairing.first_frame() == first
+    assert pairing.group_size == 2
     pairs_TR = pairing.pair(frame_numbers(20), 8)[0, :, :, 0]
     for j, (a, b) in enumerate(pairs_TR.tolist()):
         assert a == (2 * j + first if 2 * j + first >= 0 else IGNORED)
@@ -65,8 +65,9 @@ def test_other_frame_rates():
     # As many frames: the latest that is not after the student's.
     assert published().pair(frame_numbers(3), 1).shape == (1, 1, 2, 1)
     same = Pairing(0.02, 0.0125, 0.02, 0.0125)
-    assert (same.group_size, same.first_frame()) == (1, 0)
-    assert Pairing(0.02, 0.045, 0.02, 0.0125).first_frame() == 1
+    assert same.group_size == 1 and same.pair(frame_numbers(3), 1).tolist() == [[[[0]]]]
+    late = Pairing(0.02, 0.045, 0.02, 0.0125)
+    assert late.pair(frame_numbers(3), 1).tolist() == [[[[1]]]]
     assert Pairing(0.08, 0.04, 0.02, 0.01).group_size == 4
 
 
@@ -240,6 +241,22 @@ def test_regression_on_the_normalized_embedding(parts, kind):
     loss, _ = distilled.loss(middle_BTC, lens_B, labels_of(kind, quantizer, labels_BUN))
     torch.testing.assert_close(loss, 0.3 * expected)
     assert set(distilled.head.state_dict()) == {"linear.weight", "linear.bias"}
+
+
+@pytest.mark.parametrize("kind", ["mvq-l1", "mvq-l2", "l1", "l2"])
+def test_a_dimension_that_never_changes(parts, kind):
+    quantizer, meta, middle_BTC, lens_B, labels_BUN = parts
+    with torch.no_grad():
+        quantizer.centers[..., 0] = 0.0
+    meta["mean"][0] = 0.0
+    # Its normalized value is 0, whatever it is divided by.
+    losses = []
+    for deviation in (0.0, 1.0):
+        meta["std"][0] = deviation
+        labels = labels_of(kind, quantizer, labels_BUN)
+        distilled = distillation(kind, quantizer, meta)
+        losses.append(distilled.loss(middle_BTC, lens_B, labels)[0])
+    assert losses[0] > 0 and losses[0] == losses[1]
 
 
 def test_joint_sees_the_codebooks_before(parts):

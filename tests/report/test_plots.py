@@ -61,11 +61,6 @@ def test_training_curves(tmp_path, figures):
     assert isinstance(panels["train/pruned"].get_legend(), Legend)
 
 
-def test_chosen_losses(tmp_path, figures):
-    plots.plot_training_curves(CURVES, tmp_path / "c.png", losses=["dev/pruned", "dev/absent"])
-    assert [axes.get_title() for axes in figures[0].axes] == ["dev/pruned"]
-
-
 def test_no_records(tmp_path):
     with pytest.raises(RecipeError, match=r"c\.png: no loss was recorded"):
         plots.plot_training_curves({"none": []}, tmp_path / "c.png")

@@ -148,8 +148,9 @@ def test_finished_run_is_left_as_it_is(tmp_path):
     assert before[1] == log_of(tmp_path)
 
 
-def test_running_average_is_the_mean_of_the_weights_at_its_steps(tmp_path):
-    settings = replace(SETTINGS, num_epochs=2, checkpoint_seconds=0)
+@pytest.mark.parametrize("bad_steps", [(), (4,), (2, 3, 10)])
+def test_running_average_is_the_mean_of_the_weights_at_its_steps(tmp_path, bad_steps):
+    settings = replace(SETTINGS, num_epochs=2, checkpoint_seconds=0, max_bad_batches=3)
     weights = []
 
     class Recorder(Task):
@@ -157,7 +158,7 @@ def test_running_average_is_the_mean_of_the_weights_at_its_steps(tmp_path):
             weights.append(self.model[0].weight.detach().clone())  # after step - 1
             return super().loss(batch, step, warmup)
 
-    task = Recorder()
+    task = Recorder(bad_steps=bad_steps)
     train(task, settings, tmp_path, CPU)
     weights.append(task.model[0].weight.detach().clone())
     average = load_checkpoint(tmp_path / "epoch-2.pt")["model_avg"]["0.weight"]
@@ -183,6 +184,18 @@ def test_bad_batches_up_to_the_limit_are_left_out(tmp_path):
     assert all(torch.isfinite(p).all() for p in task.model.parameters())
     with pytest.raises(RecipeError, match="bad-batch-11"):
         train(Task(bad_steps=[3, 9, 11]), settings, tmp_path / "more", CPU)
+
+
+def test_left_out_steps_are_logged_and_saved_as_others(tmp_path):
+    settings = replace(SETTINGS, max_bad_batches=3, save_every_steps=2, keep_steps=2)
+    train(Task(bad_steps=[4, 13, 14]), settings, tmp_path, CPU)
+    # But for the 14th: nothing has been learned since the 12th.
+    logged = [e["step"] for e in log_of(tmp_path) if e["kind"] == "train"]
+    assert logged == [2, 4, 6, 8, 10, 12]
+    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {
+        "checkpoint-12.pt",
+        "checkpoint-14.pt",
+    }
 
 
 def test_schedules(tmp_path):
