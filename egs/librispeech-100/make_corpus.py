@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
+import tarfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from lhotse.recipes import download_librispeech
 
 from mvqkd import cli
-from mvqkd.errors import RecipeError
+from mvqkd.errors import RecipeError, reason_of
 from mvqkd.files import require, written_aside
 
 
@@ -26,15 +29,34 @@ class Settings:
     num_workers: int = 1
 
 
+def download(parts: list[str], folder: Path) -> Path:
+    """Fetch and unpack ``parts``; what a call before has left is kept or gone on with.
+
+    Raises:
+      RecipeError: no connection, one that broke off, or a full disk.
+    """
+    # lhotse sets none: a server that falls silent would hold the stage for ever.
+    socket.setdefaulttimeout(60)
+    try:
+        return download_librispeech(folder, dataset_parts=parts)
+    # A connection that breaks off shows only when the archive is unpacked.
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        done = [part for part in parts if (folder / "LibriSpeech" / part / ".completed").exists()]
+        archive = folder / f"{next(part for part in parts if part not in done)}.tar.gz"
+        raise RecipeError(
+            f"{archive}: cut short or damaged ({reason_of(error)}); run again to fetch the rest, "
+            "and remove it if that does not help"
+        ) from error
+    except OSError as error:
+        raise RecipeError(
+            f"LibriSpeech cannot be downloaded ({reason_of(error)}); run again to resume, or pass "
+            "--dl-dir FOLDER with a copy"
+        ) from error
+
+
 def main(settings: Settings) -> None:
     if settings.dl_dir is None:
-        try:
-            corpus = download_librispeech(settings.download_dir, dataset_parts=settings.parts)
-        except OSError as error:
-            raise RecipeError(
-                f"LibriSpeech cannot be downloaded ({error}); run again to resume, or pass "
-                "--dl-dir FOLDER with a copy"
-            ) from error
+        corpus = download(settings.parts, settings.download_dir)
     else:
         nested = settings.dl_dir / "LibriSpeech"
         corpus = nested if nested.is_dir() else settings.dl_dir
