@@ -19,6 +19,7 @@ size=""          # of corpus mini: smoke, small (the default) or full
 split=""         # of corpus digits: take (the default) or speaker
 dl_dir=""        # a copy of what would be downloaded
 noise_dir=""     # a folder of noise, say MUSAN's, that is mixed into training; none where empty
+overlay=""       # a folder of conf files that win over all others
 num_workers=2    # processes
 dry_run=false    # only print each command, and what it would cost
 # end of options

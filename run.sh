@@ -91,10 +91,6 @@ elif [[ ! -f $students_file ]]; then
     echo "$0: --students-file $students_file: no such file; name one like conf/students.txt" >&2
     exit 1
 fi
-if [[ -n $overlay && ! -d $overlay ]]; then
-    echo "$0: --overlay $overlay: no such folder; name one with conf files" >&2
-    exit 1
-fi
 declare -A student_confs=()
 student_names=()
 while read -r student confs; do
@@ -175,7 +171,8 @@ manifests() {
 
 if on 0; then
     attended ./prepare.sh --corpus "$corpus" --size "$size" --split "$split" \
-        --dl-dir "$dl_dir" --noise-dir "$noise_dir" --num-workers "$num_workers" --dry-run "$dry_run"
+        --dl-dir "$dl_dir" --noise-dir "$noise_dir" --overlay "$overlay" \
+        --num-workers "$num_workers" --dry-run "$dry_run"
 fi
 
 # train_teacher NAME AFTER OPTION...

@@ -28,3 +28,7 @@ if [[ $caller != "$PWD" ]]; then
     [[ -z ${students_file:-} || $students_file == /* ]] || students_file=$caller/$students_file
     [[ -z ${overlay:-} || $overlay == /* ]] || overlay=$caller/$overlay
 fi
+if [[ -n ${overlay:-} && ! -d $overlay ]]; then
+    echo "$0: --overlay $overlay: no such folder; name one with conf files" >&2
+    exit 1
+fi
