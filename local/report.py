@@ -17,7 +17,13 @@ from mvqkd.report.collect import (
 )
 from mvqkd.report.page import PageSettings, Report, write_page
 from mvqkd.report.plots import plot_training_curves, plot_wer_bars
-from mvqkd.report.table import results_document, wer_table, write_results_json
+from mvqkd.report.table import (
+    PaperRow,
+    beside_paper,
+    results_document,
+    wer_table,
+    write_results_json,
+)
 
 
 @dataclass
@@ -33,6 +39,8 @@ class Settings:
     command: str
     # The labels are others', and nothing is known here of the teacher and the codebooks.
     published: bool = False
+    # WER that others have published, to be shown beside ours.
+    paper: list[PaperRow] = field(default_factory=list)
     # Whose audio the page shows and plays.
     test_manifests: list[Path] = field(default_factory=list)
     page: PageSettings = field(default_factory=PageSettings)
@@ -44,6 +52,7 @@ def main(settings: Settings) -> None:
     rows, other = collect_results(
         exp_dir, settings.data_dir, labels, students, settings.command, published
     )
+    rows = beside_paper(rows, settings.paper)
     out = exp_dir / "report"
     with written_aside(out) as aside:
         aside.mkdir()

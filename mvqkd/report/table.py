@@ -75,6 +75,36 @@ class StudentResult:
     paper_source: str = ""
 
 
+@dataclass(frozen=True)
+class PaperRow:
+    """WER that others have published, and which students it is put beside."""
+
+    wer: dict[str, float]  # in percent, by test set
+    source: str
+    distillation: str = NO_DISTILLATION
+    streaming: bool = False
+    epochs: int | None = None  # None: any number
+    decoding: str = ""  # a part of what `StudentResult.decoding` says
+
+
+def beside_paper(
+    rows: Sequence[StudentResult], published: Sequence[PaperRow]
+) -> list[StudentResult]:
+    """``rows``, each with the first of ``published`` that is of such a student."""
+    return [_beside_paper(row, published) for row in rows]
+
+
+def _beside_paper(row: StudentResult, published: Sequence[PaperRow]) -> StudentResult:
+    for one in published:
+        if (
+            (one.distillation, one.streaming) == (row.distillation, row.streaming)
+            and one.epochs in (None, row.epochs)
+            and one.decoding in row.decoding
+        ):
+            return dataclasses.replace(row, paper=dict(one.wer), paper_source=one.source)
+    return row
+
+
 def undistilled(rows: Sequence[StudentResult], row: StudentResult) -> StudentResult | None:
     """The row that ``row`` is compared with: the first undistilled one of the same kind,
     streaming and seed."""

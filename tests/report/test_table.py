@@ -7,8 +7,10 @@ import pytest
 from mvqkd.errors import RecipeError
 from mvqkd.report.table import (
     Origin,
+    PaperRow,
     StudentResult,
     WerResult,
+    beside_paper,
     format_bytes,
     format_seconds,
     read_results,
@@ -63,6 +65,20 @@ def test_rows_are_compared_with_the_undistilled_student_of_their_kind():
         BASE, test_sets={"test-clean": dataclasses.replace(CLEAN, wer=0.0)}
     )
     assert relative_reduction([perfect, MVQ], MVQ, "test-clean") is None
+
+
+def test_published_rows_are_put_beside_students_of_their_kind():
+    plain = PaperRow({"test-clean": 6.73}, "a page", epochs=8, decoding="beam_size_4")
+    streams = PaperRow({"test-clean": 3.13}, "an article", streaming=True, decoding="right-9")
+    rows = [dataclasses.replace(row, paper={}, paper_source="") for row in ROWS]
+    base, mvq, streaming = rows
+    base = dataclasses.replace(base, decoding="modified_beam_search-beam_size_4-epoch-8-avg-1")
+    longer = dataclasses.replace(base, epochs=16)
+    ahead = dataclasses.replace(streaming, decoding="chunk-16-left-64-right-9", epochs=3)
+    found = beside_paper([base, mvq, streaming, longer, ahead], [plain, streams])
+    assert [row.paper for row in found] == [plain.wer, {}, {}, {}, streams.wer]
+    assert [row.paper_source for row in found] == ["a page", "", "", "", "an article"]
+    assert beside_paper(rows, []) == rows
 
 
 def cells(line):
