@@ -6,8 +6,9 @@ if [[ ! -f egs/$corpus/recipe.sh ]]; then
     echo "$0: --corpus $corpus: not known; give one of: $(cd egs && echo *)" >&2
     exit 1
 fi
-# Names of parts, the teacher, ${name}: the folder under data/ and exp/, and ${options}: which of
-# those options it has that not every corpus has.
+# Names of parts, the teacher, ${name}: the folder under data/ and exp/, ${options}: which of
+# those options it has that not every corpus has, and ${noise}: musan where that is mixed in.
+noise=""
 given=(size "$size" split "$split" dl_dir "$dl_dir")
 . "egs/$corpus/recipe.sh"
 for ((i = 0; i < ${#given[@]}; i += 2)); do
@@ -16,12 +17,17 @@ for ((i = 0; i < ${#given[@]}; i += 2)); do
         exit 1
     fi
 done
+if [[ ${noise_dir:-} == none ]]; then
+    noise=""
+elif [[ -n ${noise_dir:-} ]]; then
+    noise=$noise_dir
+fi
 data=data/$name
 exp=exp/$name
 stamps=$exp/stamps
 # A relative path is meant from where the user called.
 [[ -z $dl_dir || $dl_dir == /* ]] || dl_dir=$caller/$dl_dir
-[[ -z ${noise_dir:-} || $noise_dir == /* ]] || noise_dir=$caller/$noise_dir
+[[ ${noise_dir:-none} == none || $noise_dir == /* ]] || noise_dir=$caller/$noise_dir
 [[ -z ${teacher_dir:-} || $teacher_dir == /* ]] || teacher_dir=$caller/$teacher_dir
 [[ -z ${codebook_dir:-} || $codebook_dir == /* ]] || codebook_dir=$caller/$codebook_dir
 if [[ $caller != "$PWD" ]]; then

@@ -21,9 +21,7 @@ from tests.recipe_copy import copy_checkout, run_sh
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    folder = copy_checkout(tmp_path_factory.mktemp("published") / "recipe")
-    (folder / "musan").mkdir()
-    return folder
+    return copy_checkout(tmp_path_factory.mktemp("published") / "recipe")
 
 
 def planned(recipe, *options):
@@ -50,8 +48,7 @@ def corpus(request):
 def plan(recipe, corpus):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(recipe)  # confs are named from there
-        streaming = ("--decoding", "left64-chunk16-right9")
-        return planned(recipe, "--corpus", corpus, "--noise-dir", "musan", *streaming)
+        return planned(recipe, "--corpus", corpus, "--decoding", "left64-chunk16-right9")
 
 
 def values(settings, *names):
@@ -74,6 +71,7 @@ def test_features_and_tokens(plan):
     features = values(plan["features"].features, "num_mel_bins", "speed_factors")
     assert features == (80, [0.9, 1.1])
     assert plan["noise"].features == plan["features"].features
+    assert plan["noise"].dl_dir is None  # MUSAN is downloaded
     # icefall's "BPE 500" is a unigram model too.
     assert values(plan["tokens"].tokens, "vocab_size", "model_type") == (500, "unigram")
 
@@ -140,6 +138,16 @@ def test_error_rates_in_the_report(plan, corpus):
             ("none", True, None, 3.13, 8.06),
             ("mvq", True, None, 2.93, 7.43),
         ]
+
+
+def test_noise_is_of_a_folder_or_left_out(recipe, monkeypatch):
+    monkeypatch.chdir(recipe)
+    call = ("--corpus", "librispeech-100", "--students", "none", "--noise-dir")
+    plan = planned(recipe, *call, "mine")
+    assert plan["noise"].dl_dir == recipe / "mine"
+    assert plan["student-none"].data.noise.manifest == plan["noise"].out_dir / "noise.jsonl.gz"
+    plan = planned(recipe, *call, "none")
+    assert "noise" not in plan and plan["student-none"].data.noise.manifest is None
 
 
 def test_scales_of_the_two_losses():

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
-import tarfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from lhotse.recipes import download_librispeech
 
 from mvqkd import cli
-from mvqkd.errors import RecipeError, reason_of
+from mvqkd.data.download import lhotse_download
 from mvqkd.files import require, written_aside
 
 
@@ -33,25 +30,16 @@ def download(parts: list[str], folder: Path) -> Path:
     """Fetch and unpack ``parts``; what a call before has left is kept or gone on with.
 
     Raises:
-      RecipeError: no connection, one that broke off, or a full disk.
+      RecipeError: see :func:`lhotse_download`.
     """
-    # lhotse sets none: a server that falls silent would hold the stage for ever.
-    socket.setdefaulttimeout(60)
-    try:
+
+    def archive() -> Path:
+        unpacked = folder / "LibriSpeech"
+        left = (part for part in parts if not (unpacked / part / ".completed").exists())
+        return folder / f"{next(left)}.tar.gz"
+
+    with lhotse_download("LibriSpeech", archive, "pass --dl-dir FOLDER with a copy"):
         return download_librispeech(folder, dataset_parts=parts)
-    # A connection that breaks off shows only when the archive is unpacked.
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        done = [part for part in parts if (folder / "LibriSpeech" / part / ".completed").exists()]
-        archive = folder / f"{next(part for part in parts if part not in done)}.tar.gz"
-        raise RecipeError(
-            f"{archive}: cut short or damaged ({reason_of(error)}); run again to fetch the rest, "
-            "and remove it if that does not help"
-        ) from error
-    except OSError as error:
-        raise RecipeError(
-            f"LibriSpeech cannot be downloaded ({reason_of(error)}); run again to resume, or pass "
-            "--dl-dir FOLDER with a copy"
-        ) from error
 
 
 def main(settings: Settings) -> None:

@@ -9,3 +9,4 @@ dev_parts="dev-clean dev-other"
 test_parts="test-clean test-other"
 teacher=${teacher:-hubert-xlarge-ls960-ft}
 teacher_init=""
+noise=musan

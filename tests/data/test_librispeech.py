@@ -28,8 +28,6 @@ def server(monkeypatch):
     with serving(packed.getvalue()) as server:
         there = partial(recipe.download_librispeech, base_url=server.url)
         monkeypatch.setattr(recipe, "download_librispeech", there)
-        # The recipe sets one for its whole process.
-        monkeypatch.setattr(recipe.socket, "setdefaulttimeout", lambda seconds: None)
         yield server
 
 
