@@ -18,7 +18,8 @@ corpus=mini      # a folder of egs/
 size=""          # of corpus mini: smoke, small (the default) or full
 split=""         # of corpus digits: take (the default) or speaker
 dl_dir=""        # a copy of what would be downloaded
-noise_dir=""     # a folder of noise, say MUSAN's, that is mixed into training; none where empty
+noise_dir=""     # a folder of noise that is mixed into training, or none; the recipe's where empty
+overlay=""       # a folder of conf files that win over all others
 num_workers=2    # processes
 overlay=""       # a folder of conf files that win over all others
 dry_run=false    # only print each command, and what it would cost
@@ -51,10 +52,10 @@ if ((stage <= 2 && stop_stage >= 2)); then
         --train_parts "$(list $train_parts)" --test_parts "$(list $dev_parts $test_parts)" \
         --out_dir "$data/fbank" --num_workers "$num_workers"
 fi
-if [[ -n $noise_dir ]] && ((stage <= 2 && stop_stage >= 2)); then
+if [[ -n $noise ]] && ((stage <= 2 && stop_stage >= 2)); then
     # shellcheck disable=SC2046
     step noise "" "$data/noise $data/noise/noise.jsonl.gz" \
-        python3 local/prepare_noise.py $(conf features) --dl_dir "$noise_dir" \
+        python3 local/prepare_noise.py $(conf features) ${noise_dir:+--dl_dir "$noise_dir"} \
         --out_dir "$data/noise" --num_workers "$num_workers"
 fi
 if ((stage <= 3 && stop_stage >= 3)); then

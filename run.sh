@@ -26,7 +26,7 @@ corpus=mini          # a folder of egs/
 size=""              # of corpus mini: smoke, small (the default) or full
 split=""             # of corpus digits: take (the default) or speaker
 dl_dir=""            # a copy of what would be downloaded
-noise_dir=""         # a folder of noise, say MUSAN's, that is mixed into training; none where empty
+noise_dir=""         # a folder of noise that is mixed into training, or none; the recipe's where empty
 decoding=""          # a file of conf/decoding/, without .yaml, on top of decoding.yaml
 device=auto          # auto|cpu|cuda: where to run
 teacher=""           # a file of conf/teacher/, without .yaml; the recipe's where empty
@@ -311,7 +311,7 @@ train_student() {
         manifest=$data/labels/$labels/train.jsonl.gz
         [[ $use_extracted_codebook == true ]] || kind_args=(--distillation.quantizer "$quantizer")
     fi
-    if [[ -n $noise_dir ]]; then
+    if [[ -n $noise ]]; then
         after+=" noise"
         kind_args+=(--data.noise.manifest "$data/noise/noise.jsonl.gz")
     fi

@@ -7,9 +7,9 @@ if [[ ! -f egs/$corpus/recipe.sh ]]; then
     exit 1
 fi
 # Names of parts; ${name}: the folder under data/ and exp/; ${teacher}: of conf/teacher, or
-# ${teacher_init}: the folder of one that is trained on; ${options}: which of those it has that not
-# every corpus has.
-options="" teacher_init=""
+# ${teacher_init}: the folder of one that is trained on; ${noise}: musan where that is mixed in;
+# ${options}: which of those it has that not every corpus has.
+options="" teacher_init="" noise=""
 given=(size "$size" split "$split" dl_dir "$dl_dir")
 . "egs/$corpus/recipe.sh"
 for ((i = 0; i < ${#given[@]}; i += 2)); do
@@ -18,6 +18,11 @@ for ((i = 0; i < ${#given[@]}; i += 2)); do
         exit 1
     fi
 done
+if [[ ${noise_dir:-} == none ]]; then
+    noise=""
+elif [[ -n ${noise_dir:-} ]]; then
+    noise=$noise_dir
+fi
 data=data/$name
 exp=exp/$name
 stamps=$exp/stamps
@@ -25,8 +30,10 @@ stamps=$exp/stamps
 declare -A typed=()
 for option in dl_dir noise_dir teacher_dir codebook_dir; do
     typed[$option]=${!option:-}
-    [[ -z ${typed[$option]} || ${typed[$option]} == /* ]] ||
-        printf -v "$option" %s "$caller/${typed[$option]}"
+    case ${typed[$option]} in
+        '' | /* | none) ;;
+        *) printf -v "$option" %s "$caller/${typed[$option]}" ;;
+    esac
 done
 if [[ $caller != "$PWD" ]]; then
     [[ -z ${students_file:-} || $students_file == /* ]] || students_file=$caller/$students_file

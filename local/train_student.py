@@ -15,7 +15,7 @@ from lhotse import CutSet
 from mvqkd import cli
 from mvqkd.data.datamodule import DataSettings, StudentData
 from mvqkd.data.features import extractor_of
-from mvqkd.data.manifests import read_cuts, split_by_share
+from mvqkd.data.manifests import of_duration, read_cuts, split_by_share
 from mvqkd.data.tokens import load_tokens
 from mvqkd.device import describe_device, pick_device
 from mvqkd.files import written_aside
@@ -91,9 +91,11 @@ def main(settings: Settings) -> None:
         if settings.distil_rest:
             unread = (cut.drop_supervisions() for cut in rest)
             train_cuts = CutSet.from_cuts([*train_cuts, *unread])
+    durations = settings.data.min_seconds, settings.data.max_seconds
+    train_cuts = of_duration(train_cuts, *durations)
     seconds = [cut.duration for cut in train_cuts]
     for path in settings.untranscribed_manifests:
-        unread = (cut.drop_supervisions() for cut in read_cuts(path))
+        unread = (cut.drop_supervisions() for cut in of_duration(read_cuts(path), *durations))
         train_cuts = CutSet.from_cuts([*train_cuts, *unread])
     settings.model.vocab_size = len(tokens)
     settings.model.encoder.middle_output_layers = settings.distillation.layers()

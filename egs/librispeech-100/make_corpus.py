@@ -9,7 +9,7 @@ from pathlib import Path
 from lhotse.recipes import download_librispeech
 
 from mvqkd import cli
-from mvqkd.errors import RecipeError
+from mvqkd.data.download import lhotse_download
 from mvqkd.files import require, written_aside
 
 
@@ -26,15 +26,25 @@ class Settings:
     num_workers: int = 1
 
 
+def download(parts: list[str], folder: Path) -> Path:
+    """Fetch and unpack ``parts``; what a call before has left is kept or gone on with.
+
+    Raises:
+      RecipeError: see :func:`lhotse_download`.
+    """
+
+    def archive() -> Path:
+        unpacked = folder / "LibriSpeech"
+        left = (part for part in parts if not (unpacked / part / ".completed").exists())
+        return folder / f"{next(left)}.tar.gz"
+
+    with lhotse_download("LibriSpeech", archive, "pass --dl-dir FOLDER with a copy"):
+        return download_librispeech(folder, dataset_parts=parts)
+
+
 def main(settings: Settings) -> None:
     if settings.dl_dir is None:
-        try:
-            corpus = download_librispeech(settings.download_dir, dataset_parts=settings.parts)
-        except OSError as error:
-            raise RecipeError(
-                f"LibriSpeech cannot be downloaded ({error}); run again to resume, or pass "
-                "--dl-dir FOLDER with a copy"
-            ) from error
+        corpus = download(settings.parts, settings.download_dir)
     else:
         nested = settings.dl_dir / "LibriSpeech"
         corpus = nested if nested.is_dir() else settings.dl_dir

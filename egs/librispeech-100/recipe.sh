@@ -8,3 +8,4 @@ pool_parts=""
 dev_parts="dev-clean dev-other"
 test_parts="test-clean test-other"
 teacher=${teacher:-hubert-xlarge-ls960-ft}
+noise=musan

@@ -62,6 +62,9 @@ class DataSettings:
 
     # Seconds of speech in a batch.
     max_duration: float = 300
+    # Training utterances that are shorter or longer are left out (None: none is too long).
+    min_seconds: float = 0.0
+    max_seconds: float | None = None
     num_buckets: int = 20
     # Keep features and labels in memory after the first epoch.
     cache: bool = False

@@ -3,7 +3,7 @@
     download("https://host/corpus.tar.gz", "data/download/corpus.tar.gz", sha256="...")
     extract_files("data/download/corpus.tar.gz", "data/download/corpus", r"\\d+_\\w+\\.wav")
 
-Only the standard library is used for both.
+Only the standard library is used for both. `lhotse_download` is for what lhotse knows to fetch.
 """
 
 import contextlib
@@ -11,16 +11,17 @@ import hashlib
 import http.client
 import re
 import shutil
+import socket
 import sys
 import tarfile
 import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mvqkd.errors import RecipeError
+from mvqkd.errors import RecipeError, reason_of
 from mvqkd.files import written_aside
 
 BLOCK_BYTES = 1 << 18
@@ -113,6 +114,37 @@ def download(
             "that can be written to, then run again"
         ) from error
     return path
+
+
+@contextlib.contextmanager
+def lhotse_download(what: str, archive: Callable[[], Path], remedy: str) -> Iterator[None]:
+    """Around a call of one of lhotse's downloaders, which resume: what they raise, in one line.
+
+    Args:
+        what: is fetched.
+        archive: names the file that is fetched or unpacked.
+        remedy: what else the user can do than to run again.
+
+    Raises:
+        RecipeError: no connection, one that broke off or fell silent, or a full disk.
+    """
+    # lhotse sets no timeout: a server that falls silent would hold the stage for ever.
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(60)
+    try:
+        yield
+    # lhotse takes a connection that breaks off for the end of the file, and unpacks what there is.
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise RecipeError(
+            f"{archive()}: cut short or damaged ({reason_of(error)}); run again to fetch the rest, "
+            "and remove it if that does not help"
+        ) from error
+    except OSError as error:
+        raise RecipeError(
+            f"{what} cannot be downloaded ({reason_of(error)}); run again to resume, or {remedy}"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def extract_files(archive: str | Path, folder: str | Path, pattern: str) -> Path:

@@ -159,6 +159,25 @@ def read_cuts(path: Path) -> CutSet:
     return cuts
 
 
+def of_duration(cuts: CutSet, shortest: float, longest: float | None) -> CutSet:
+    """The utterances of ``shortest`` to ``longest`` seconds; None: however long.
+
+    Raises:
+      RecipeError: there is none.
+    """
+    kept = [
+        c for c in cuts if shortest <= c.duration and (longest is None or c.duration <= longest)
+    ]
+    if not kept:
+        raise RecipeError(
+            f"training utterances: none of {len(cuts)} lasts {shortest} to {longest} seconds; "
+            "change data.min_seconds or data.max_seconds"
+        )
+    if len(kept) < len(cuts):
+        logging.info(f"{len(cuts) - len(kept)} utterances are not of {shortest} to {longest} s")
+    return CutSet.from_cuts(kept)
+
+
 def split_by_share(cuts: CutSet, share: float) -> tuple[CutSet, CutSet]:
     """``share`` of the utterances, and the others.
 

@@ -9,7 +9,13 @@ import soundfile
 from lhotse import CutSet, Recording
 
 from mvqkd.data.audio import bucketed_batches, collate_audio, load_audio
-from mvqkd.data.manifests import CheckSettings, prepare_part, read_cuts, split_by_share
+from mvqkd.data.manifests import (
+    CheckSettings,
+    of_duration,
+    prepare_part,
+    read_cuts,
+    split_by_share,
+)
 from mvqkd.errors import RecipeError
 
 PART = "train-clean-100"
@@ -172,3 +178,14 @@ def test_shares_nest_and_keep_the_speeds_of_an_utterance_together(feature_cuts):
 def test_share_that_leaves_nothing_is_refused(feature_cuts, share):
     with pytest.raises(RecipeError, match=f"transcribed_share {share}: "):
         split_by_share(feature_cuts, share)
+
+
+def test_utterances_of_other_durations_are_left_out(feature_cuts):
+    durations = sorted(cut.duration for cut in feature_cuts)
+    low, high = durations[1], durations[-2]
+    kept = [cut.id for cut in of_duration(feature_cuts, low, high)]
+    assert kept == [cut.id for cut in feature_cuts if low <= cut.duration <= high]
+    assert 0 < len(kept) < len(durations)
+    assert list(of_duration(feature_cuts, 0.0, None)) == list(feature_cuts)
+    with pytest.raises(RecipeError, match=r"none of \d+ lasts 1 to 0.5 .* data\.max_seconds"):
+        of_duration(feature_cuts, 1, 0.5)

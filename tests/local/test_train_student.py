@@ -57,7 +57,9 @@ def test_several_terms_with_and_without_transcripts(
     monkeypatch.chdir(tmp_path)
     cuts = [cut.truncate(duration=1.2) for cut in labelled_cuts]
     train_tokens(CutSet.from_cuts(labelled_cuts), Path("tokens"), TokenSettings(40))
-    for name, part in (("train", cuts[:4]), ("more", cuts[4:6]), ("dev", cuts[6:7])):
+    # One of each is too long to be trained on.
+    train, more = [*cuts[:4], labelled_cuts[4]], [*cuts[4:6], labelled_cuts[6]]
+    for name, part in (("train", train), ("more", more), ("dev", cuts[6:7])):
         write_cuts(CutSet.from_cuts(part), Path(f"{name}.jsonl.gz"))
     meta = {"teacher": "tiny", "layer": 2, "frame_offset": teacher.frame_offset}
     save_quantizer(
@@ -78,7 +80,11 @@ def test_several_terms_with_and_without_transcripts(
                         "subsampling_channels": [2, 3, 4],
                     },
                 },
-                "data": {"max_duration": 3, "spec_augment": {"time_warp_factor": 10}},
+                "data": {
+                    "max_duration": 3,
+                    "max_seconds": 1.2,
+                    "spec_augment": {"time_warp_factor": 10},
+                },
                 "distillation": {
                     "kind": "mvq",
                     "layer": 2,
@@ -93,6 +99,7 @@ def test_several_terms_with_and_without_transcripts(
     words += ["--untranscribed_manifests", "[more.jsonl.gz]", "--dev_manifests", "[dev.jsonl.gz]"]
     words += ["--tokens_dir", "tokens", "--exp_dir", "exp"]
     main(cli.parse(Settings, words)[0])
+    assert json.loads(Path("exp/settings.json").read_text())["longest_utterances"] == 1.2
     log = [json.loads(line) for line in Path("exp/log.jsonl").read_text().splitlines()]
     figures = {name for entry in log if entry["kind"] == "train" for name in entry}
     assert {"1-mvq-distillation", "1-mvq-accuracy-3", "2-mvq-l2-distillation"} <= figures

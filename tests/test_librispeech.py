@@ -1,0 +1,132 @@
+"""The recipes of LibriSpeech: all stages on a small tree of its shape, plan, sizes, settings."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+from lhotse import CutSet
+
+from egs.mini.make_corpus import PartSettings, Settings, main
+from mvqkd.data.synthesis import GrammarSettings
+from mvqkd.teachers.ctc import SYMBOLS
+from mvqkd.teachers.hubert import HubertTeacher
+from tests.conftest import tiny_hubert
+from tests.recipe_copy import ROOT, begun_steps, copy_checkout, files_under, run_sh
+
+PARTS = {
+    "train-clean-100": PartSettings("train", ["f1", "m1"], 2, 0.4),
+    "dev-clean": PartSettings("dev", ["f4"], 1, 0.08),
+    "dev-other": PartSettings("dev", ["klatt5"], 1, 0.08, adverse=True),
+    "test-clean": PartSettings("test", ["f2"], 1, 0.08),
+    "test-other": PartSettings("test", ["klatt3"], 1, 0.08, adverse=True),
+}
+STUDENTS = ["none", "streaming-mvq"]
+# What makes it small. All else is as published: speeds, 8 bytes a frame, layer 36 into layer 6.
+OVERLAY = {
+    "tokens": {"tokens": {"vocab_size": 40}},
+    "sample": {"sample": {"num_utterances": 24, "num_unseen": 4}},
+    "quantizer": {
+        "quantizer": {
+            "codebook_size": 16,
+            "trainer": "lsq",
+            "lsq_frames": 2000,
+            "lsq_iters": 2,
+            "logits_iters": 10,
+        }
+    },
+    "student": {
+        "model": {
+            "decoder_dim": 24,
+            "joiner_dim": 24,
+            "encoder": {
+                "d_model": 24,
+                "nhead": 2,
+                "dim_feedforward": 32,
+                "num_encoder_layers": 6,
+                "cnn_module_kernel": 5,
+                "subsampling_channels": [2, 4, 8],
+            },
+        }
+    },
+    "training": {
+        "data": {"max_duration": 40},
+        "training": {"num_epochs": 2, "warmup_steps": 2, "average_period": 1},
+    },
+    "decoding": {"decoding": {"beam": 2, "avg": 1}},
+}
+
+
+@pytest.fixture(scope="module")
+def call(tmp_path_factory):
+    """The folder of what a call needs, the checkout among it, and the call's options."""
+    folder = tmp_path_factory.mktemp("librispeech")
+    confs = [ROOT / f"egs/mini/conf/{name}" for name in ("corpus.yaml", "smoke/corpus.yaml")]
+    whole, small = (yaml.safe_load(conf.read_text()) for conf in confs)
+    grammar = GrammarSettings(**{**whole["grammar"], **small["grammar"]})
+    tree = folder / "copy/LibriSpeech"
+    main(Settings(tree, grammar, whole["accents"], PARTS, num_workers=1))
+    rng = np.random.default_rng(1)
+    for name in ("music/fma/music-0000", "noise/free-sound/noise-0000"):
+        path = folder / f"musan/{name}.wav"
+        path.parent.mkdir(parents=True)
+        soundfile.write(path, 0.1 * rng.standard_normal(12 * 16000), 16000)
+    for name, values in OVERLAY.items():
+        path = folder / f"small/{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(yaml.safe_dump(values))
+    model = tiny_hubert(num_hidden_layers=48, hidden_size=16, intermediate_size=16)
+    HubertTeacher(model, True, list(SYMBOLS), "tiny").save(folder / "teacher")
+    copy_checkout(folder / "recipe")
+    # Relative paths are meant from where the user stands.
+    options = ["--corpus", "librispeech-100", "--dl-dir", "copy", "--teacher-dir", "teacher"]
+    options += ["--noise-dir", "musan", "--decoding", "left64-chunk16-right9"]
+    options += ["--overlay", "small", "--students", " ".join(STUDENTS), "--device", "cpu"]
+    return folder, options
+
+
+def utterances(part):
+    lines = [p.read_text().splitlines() for p in sorted(part.rglob("*.trans.txt"))]
+    return dict(line.split(" ", 1) for of_chapter in lines for line in of_chapter)
+
+
+def test_all_stages_on_a_small_tree(call, monkeypatch):
+    folder, options = call
+    done = run_sh(folder / "recipe", *options, cwd=folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    monkeypatch.chdir(folder / "recipe")  # manifests name files from there
+    tree = folder / "copy/LibriSpeech"
+    data, exp = (folder / "recipe" / kind / "librispeech-100" for kind in ("data", "exp"))
+    labelled = CutSet.from_file(data / "labels/mvq/train.jsonl.gz").to_eager()
+    assert len(labelled) == 3 * len(utterances(tree / "train-clean-100")) > 0
+    assert all(cut.load_codebook_indexes().shape[1] == 8 for cut in labelled)
+    assert json.loads((exp / "quantizer/mvq/quantizer.pt.json").read_text())["layer"] == 36
+    assert len(CutSet.from_file(data / "noise/noise.jsonl.gz").to_eager()) == 4
+
+    results = json.loads((exp / "results.json").read_text())
+    rows = results["students"]
+    assert [(row["distillation"], row["streaming"]) for row in rows] == [
+        ("none", False),
+        ("mvq", True),
+    ]
+    assert "chunk-16-left-64-right-9" in rows[1]["decoding"]
+    assert "chunk" not in rows[0]["decoding"]
+    assert set(results["teacher"]["wer"]) == {"test-clean", "test-other"}
+    assert results["quantizer"]["num_codebooks"] == 8
+    for student, row in zip(STUDENTS, rows):
+        settings = json.loads((exp / student / "settings.json").read_text())
+        assert settings["data"]["noise"]["manifest"].endswith("noise/noise.jsonl.gz")
+        for part in ("test-clean", "test-other"):
+            said = utterances(tree / part)
+            assert row["test_sets"][part]["words"] == sum(len(t.split()) for t in said.values())
+            (recogs,) = (exp / student / "modified_beam_search").glob(f"recogs-{part}-*.txt")
+            lines = recogs.read_text().splitlines()
+            assert sum("ref=" in line for line in lines) == len(said)
+            assert all(any(name in line for line in lines) for name in said)
+    assert (exp / "report/index.html").exists()
+
+    before = files_under(data, exp)
+    again = run_sh(folder / "recipe", *options, cwd=folder)
+    assert again.returncode == 0 and begun_steps(again) == [], again.stderr
+    assert files_under(data, exp) == before
