@@ -19,7 +19,6 @@ size=""          # of corpus mini: smoke, small (the default) or full
 split=""         # of corpus digits: take (the default) or speaker
 dl_dir=""        # a copy of what would be downloaded
 noise_dir=""     # a folder of noise that is mixed into training, or none; the recipe's where empty
-overlay=""       # a folder of conf files that win over all others
 num_workers=2    # processes
 overlay=""       # a folder of conf files that win over all others
 dry_run=false    # only print each command, and what it would cost
