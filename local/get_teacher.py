@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mvqkd import cli
 from mvqkd.files import require, written_aside
-from mvqkd.teachers import find_teacher, load_teacher
+from mvqkd.teachers import ORIGIN, find_teacher, load_teacher, read_origin
 
 
 @dataclass
@@ -42,12 +42,10 @@ def main(settings: Settings) -> None:
         teacher.name = settings.teacher
         teacher.check_layer(settings.layer)
         # What labels call it, beside what its maker has said.
-        origin_path = aside / "origin.json"
-        origin = json.loads(origin_path.read_text()) if origin_path.exists() else {}
-        origin["teacher"] = settings.teacher
+        origin = {**read_origin(aside), "teacher": settings.teacher}
         if not Path(settings.teacher).exists():
             origin["revision"] = found.name
-        origin_path.write_text(json.dumps(origin, indent=2) + "\n")
+        (aside / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
     logging.info(
         f"{settings.teacher}: {teacher.num_layers} layers of {teacher.dim}, "
         f"{1000 * teacher.frame_shift:g} ms a frame"

@@ -19,11 +19,11 @@ from mvqkd import cli
 from mvqkd.data.manifests import read_cuts
 from mvqkd.device import pick_device
 from mvqkd.processes import connected
-from mvqkd.teachers import load_teacher
+from mvqkd.teachers import load_teacher, read_origin
 from mvqkd.teachers.ctc import HubertSettings, new_hubert
 from mvqkd.teachers.mfcc import Mfcc
 from mvqkd.teachers.pretraining import PredictionSettings, PretrainingTask
-from mvqkd.teachers.trained import read_origin, save_trained
+from mvqkd.teachers.trained import save_trained
 from mvqkd.teachers.units import UnitSettings, label_units
 from mvqkd.training.loop import TrainingSettings, train
 

@@ -14,9 +14,9 @@ from lhotse import CutSet
 from mvqkd import cli
 from mvqkd.data.manifests import read_cuts
 from mvqkd.device import pick_device
-from mvqkd.teachers import load_teacher
+from mvqkd.teachers import load_teacher, read_origin
 from mvqkd.teachers.ctc import CtcTask, HubertSettings, add_ctc_head, new_hubert
-from mvqkd.teachers.trained import read_origin, save_trained
+from mvqkd.teachers.trained import save_trained
 from mvqkd.training.loop import TrainingSettings, train
 
 
@@ -68,7 +68,7 @@ def main(settings: Settings) -> None:
         device,
         torch.float16,  # halves the files; the indexes are made from what is stored
         digits=2,
-        init=read_origin(settings.init) if settings.init else None,
+        init=(read_origin(settings.init) or None) if settings.init else None,
     )
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mvqkd.errors import RecipeError
-from mvqkd.files import require
+from mvqkd.files import read_json, require
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from mvqkd.teachers.base import Teacher
+
+# Beside a teacher's weights: how it was made.
+ORIGIN = "origin.json"
 
 
 def load_teacher(name_or_path: str | Path, revision: str | None = None) -> Teacher:
@@ -24,7 +27,6 @@ def load_teacher(name_or_path: str | Path, revision: str | None = None) -> Teach
     Raises:
       RecipeError: there is no such folder or name, or it cannot be loaded.
     """
-    from mvqkd.teachers.base import read_json
     from mvqkd.teachers.fairseq import load_fairseq
     from mvqkd.teachers.hubert import FAMILIES, load_hubert
     from mvqkd.teachers.whisper import load_whisper
@@ -32,12 +34,11 @@ def load_teacher(name_or_path: str | Path, revision: str | None = None) -> Teach
     path, name = find_teacher(name_or_path, revision), str(name_or_path)
     if path.is_file():
         return load_fairseq(path, name)
-    if (path / "origin.json").exists():
-        # A copy is called as what it is of.
-        origin = read_json(path / "origin.json")
-        name = "@".join(str(origin[k]) for k in ("teacher", "revision") if k in origin) or name
+    # A copy is called as what it is of.
+    origin = read_origin(path)
+    name = "@".join(str(origin[k]) for k in ("teacher", "revision") if k in origin) or name
     config_path = require(path / "config.json", "give a folder in transformers' layout")
-    family = read_json(config_path).get("model_type")
+    family = read_json(config_path, "fetch it again").get("model_type")
     if family == "whisper":
         return load_whisper(path, name)
     if family not in FAMILIES:
@@ -47,6 +48,16 @@ def load_teacher(name_or_path: str | Path, revision: str | None = None) -> Teach
             f"{known}"
         )
     return load_hubert(path, family, name)
+
+
+def read_origin(folder: str | Path) -> dict[str, Any]:
+    """What is noted of how the teacher in ``folder`` was made; empty where nothing is.
+
+    Raises:
+      RecipeError: the note is damaged.
+    """
+    path = Path(folder) / ORIGIN
+    return read_json(path, "fetch it again") if path.exists() else {}
 
 
 def find_teacher(name_or_path: str | Path, revision: str | None = None) -> Path:

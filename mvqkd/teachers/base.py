@@ -6,15 +6,13 @@ B: utterances, L: samples, T: frames (`T_teacher`), D: dimension.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from mvqkd.data import SAMPLE_RATE
-from mvqkd.errors import RecipeError, reason_of
+from mvqkd.errors import RecipeError
 
 
 class Teacher(nn.Module):
@@ -167,17 +165,3 @@ def kept_layers(encoder: nn.Module, layers: Sequence[int]) -> Iterator[dict[int,
         encoder.layers = all_layers
         for hook in hooks:
             hook.remove()
-
-
-def read_json(path: Path) -> dict:
-    """
-    Raises:
-      RecipeError: ``path`` cannot be read, or holds no table.
-    """
-    try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("is no table")
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: cannot be read ({reason_of(error)}); fetch it again") from error
-    return found

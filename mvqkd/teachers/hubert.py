@@ -29,8 +29,8 @@ from transformers.utils import logging as transformers_logging
 
 from mvqkd.data import SAMPLE_RATE
 from mvqkd.errors import RecipeError, reason_of
-from mvqkd.files import require
-from mvqkd.teachers.base import Teacher, kept_layers, read_json
+from mvqkd.files import read_json, require
+from mvqkd.teachers.base import Teacher, kept_layers
 
 # By the model_type of a config.json.
 FAMILIES: dict[str, type[PreTrainedModel]] = {
@@ -216,7 +216,7 @@ def load_hubert(folder: Path, family: str, name: str) -> HubertTeacher:
     do_normalize = True
     preprocessor = folder / "preprocessor_config.json"
     if preprocessor.exists():
-        do_normalize = read_json(preprocessor).get("do_normalize", True)
+        do_normalize = read_json(preprocessor, "fetch it again").get("do_normalize", True)
     return HubertTeacher(model, do_normalize, vocabulary, name).eval()
 
 
@@ -264,10 +264,10 @@ def check_weights(folder: Path, report: dict, may_lack: tuple[str, ...] = ()) ->
 def _read_vocabulary(folder: Path, size: int) -> list[str]:
     """Symbols by index of vocab.json, and of added_tokens.json where there is one."""
     path = require(folder / "vocab.json", "a CTC head needs it")
-    table = read_json(path)
+    table = read_json(path, "fetch it again")
     added = folder / "added_tokens.json"
     if added.exists() and len(table) < size:
-        table |= read_json(added)
+        table |= read_json(added, "fetch it again")
     indexes = [index for index in table.values() if isinstance(index, int)]
     if len(table) != size or sorted(indexes) != list(range(size)):
         raise RecipeError(

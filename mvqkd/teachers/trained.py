@@ -12,17 +12,10 @@ import torch
 from mvqkd.device import describe_device
 from mvqkd.files import written_aside
 from mvqkd.processes import is_main, num_processes
+from mvqkd.teachers import ORIGIN
 from mvqkd.teachers.hubert import HubertTeacher
 from mvqkd.training.checkpoint import load_checkpoint
 from mvqkd.training.loop import Task, TrainingSettings
-
-_ORIGIN = "origin.json"
-
-
-def read_origin(teacher: str) -> dict[str, Any] | None:
-    """What `save_trained` noted of a teacher in a folder; None where there is no such note."""
-    path = Path(teacher) / _ORIGIN
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def save_trained(
@@ -69,4 +62,4 @@ def save_trained(
     }
     with written_aside(out_dir) as aside:
         teacher.cpu().to(dtype).save(aside)
-        (aside / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
+        (aside / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
