@@ -12,9 +12,7 @@ from typing import Literal
 import yaml
 
 from mvqkd.errors import RecipeError
-from mvqkd.report.table import format_bytes, format_seconds
-
-NOT_MEASURED = "not measured"
+from mvqkd.report.table import NOT_MEASURED, format_bytes, format_seconds
 
 
 @dataclass

@@ -10,6 +10,7 @@ from mvqkd.errors import RecipeError
 from mvqkd.experiments.grid import GridSettings
 from mvqkd.report.grids import conf_hash
 from mvqkd.report.table import (
+    NOT_MEASURED,
     StudentResult,
     aligned,
     format_bytes,
@@ -18,8 +19,6 @@ from mvqkd.report.table import (
     read_results,
     wer_table,
 )
-
-NOT_MEASURED = "not measured"
 
 
 def _markdown(lines: list[list[str]]) -> str:

@@ -24,6 +24,7 @@ from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
 
 NO_DISTILLATION = "none"
+NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
