@@ -204,6 +204,30 @@ def _walk_lattice(
     return score_B, px_grad, py_grad
 
 
+@functools.cache
+def _triton_kernels(device: torch.device):
+    """The module `mvqkd.losses.rnnt_triton`, or None where its kernels do not run on the device.
+
+    Tried once: Triton needs a compiler and Python's headers, which need not be where torch is.
+    """
+    try:
+        kernels = importlib.import_module("mvqkd.losses.rnnt_triton")
+    except ImportError:
+        return None
+    cell = torch.zeros(1, 1, 1, device=device)
+    try:
+        kernels.walk_lattice(cell[:, 1:], cell, torch.tensor([[0, 1]], device=device), True)
+    except Exception as error:
+        warnings.warn(f"no Triton on {device}: slower transducer loss: {error}", stacklevel=2)
+        return None
+    return kernels
+
+
+def _choose_walk(px_BST1: Tensor) -> Callable:
+    kernels = _triton_kernels(px_BST1.device) if px_BST1.is_cuda else None
+    return kernels.walk_lattice if kernels and kernels.takes(px_BST1) else _walk_lattice
+
+
 class _LatticeScore(torch.autograd.Function):
     """Scores of the lattice and, as further outputs, the occupations, which are its gradient."""
 
@@ -213,7 +237,7 @@ class _LatticeScore(torch.autograd.Function):
         shifted = bool((begin != 0).any())
         if shifted:
             px, py = (_shift(x, begin, -torch.inf) for x in (px, py))
-        score, px_grad, py_grad = _walk_lattice(px, py, end - begin, need_occupation)
+        score, px_grad, py_grad = _choose_walk(px)(px, py, end - begin, need_occupation)
         if need_occupation:
             if shifted:
                 px_grad, py_grad = (_shift(x, -begin, 0.0) for x in (px_grad, py_grad))
