@@ -21,6 +21,11 @@ mvqkd_environment() {
                     "or name it in MVQKD_PYTHON" >&2
                 exit 1
             fi
+            if [[ -L $root/.venv ]]; then
+                echo "path.sh: .venv is a link, to an environment made from another" \
+                    "requirements.lock; remove the link, and call again" >&2
+                exit 1
+            fi
             echo "path.sh: making .venv from requirements.lock with $python (once)" >&2
             "$python" -m venv --clear "$root/.venv" || exit 1
             # torch first: what else needs it then takes this build.
