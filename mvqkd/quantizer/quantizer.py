@@ -117,6 +117,10 @@ class Quantizer(nn.Module):
 
     def get_centers(self) -> Tensor:
         """The centers in use, (N, K, D): the parameter times its scale."""
+        if torch.is_grad_enabled() and self.centers.requires_grad:
+            # A step of training may follow, and fused optimizers change the centers without a
+            # new version number.
+            self._tables = None
         return (self.centers_scale * self.scale_speed).exp() * self.centers
 
     def get_data_mean(self) -> Tensor:
@@ -286,12 +290,9 @@ class Quantizer(nn.Module):
         logits_BNK = self._logits(x_BD).unflatten(1, (self.num_codebooks, -1))
         indexes_BN = logits_BNK.detach().argmax(dim=2)
         if refine_indexes_iters > 0 or self.beam > 0:
-            if torch.is_grad_enabled():
-                # A step of training may follow, and fused optimizers change the centers without
-                # a new version number.
-                tables, self._tables = self._make_tables(), None
-            else:
-                tables = self.search_tables()
+            # New ones in training: a step may have been made since the last were (`get_centers`).
+            in_training = torch.is_grad_enabled() and self.centers.requires_grad
+            tables = self._make_tables() if in_training else self.search_tables()
             with torch.autocast(x_BD.device.type, enabled=False):
                 x_BD_float = x_BD.detach().float()
                 if self.beam > 0:

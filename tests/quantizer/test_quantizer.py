@@ -76,15 +76,31 @@ def test_tables_follow_the_centers():
     assert pickle.loads(pickle.dumps(ours))._tables is None
 
 
-def test_tables_follow_a_fused_optimizer():
+@pytest.mark.parametrize("through", ["compute_loss with rounds", "compute_loss", "decode"])
+def test_tables_follow_a_fused_optimizer(through):
     # It changes the weights without telling that it did.
     ours, _ = pair(2)
     x = frames_for(ours, 30)
     optimizer = torch.optim.Adam(ours.parameters(), lr=0.5, fused=True)
-    ours.encode(x)
-    ours.compute_loss(x, 1)[0].backward()
+    codes = ours.encode(x)
+    if through == "decode":
+        loss = (ours.decode(codes) - x).square().sum()
+    else:
+        loss = ours.compute_loss(x, 1 if "rounds" in through else 0)[0]
+    loss.backward()
     optimizer.step()
+    assert not torch.equal(ours.encode(x), codes)
     assert torch.equal(ours.encode(x), copy.deepcopy(ours).encode(x))
+
+
+def test_tables_of_frozen_centers_are_kept():
+    ours, _ = pair(2)
+    ours.requires_grad_(False)
+    x = frames_for(ours, 30)
+    tables = ours.search_tables()
+    ours.compute_loss(x, 1)
+    ours.decode(ours.encode(x))
+    assert ours.search_tables() is tables
 
 
 def test_decode_passes_gradient_and_refuses_padding():
