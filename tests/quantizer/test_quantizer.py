@@ -29,12 +29,24 @@ def test_bytes_and_decoding_are_the_peers(codebook_size):
     torch.testing.assert_close(ours.decode(plain), ours.decode(codes))
 
 
-@pytest.mark.parametrize("codebook_size", [16, 256])
-def test_losses_and_gradients_are_the_peers(codebook_size):
-    ours, peer = pair(4, codebook_size)
+@pytest.mark.parametrize(
+    "num_codebooks,codebook_size,rounds",
+    [
+        (4, 16, 2),
+        (4, 256, 2),
+        (1, 16, 0),
+        (1, 256, 0),
+        (2, 256, 0),
+        (2, 256, 3),
+        (8, 16, 1),
+        (16, 16, 5),
+    ],
+)
+def test_losses_and_gradients_are_the_peers(num_codebooks, codebook_size, rounds):
+    ours, peer = pair(num_codebooks, codebook_size)
     x = frames_for(ours, 60)
     gradients = []
-    losses = [ours.compute_loss(x, 2), peer.compute_loss(x, 2)]
+    losses = [ours.compute_loss(x, rounds), peer.compute_loss(x, rounds)]
     for a, b in zip(*losses):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     for module, parts in zip((ours, peer), losses):
