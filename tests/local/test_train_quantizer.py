@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 
 from local import train_quantizer
+from mvqkd import cli
 from mvqkd.errors import RecipeError
 from mvqkd.quantizer import QuantizerSettings, load_quantizer
+from tests.conftest import ROOT
+
+LABELS = sorted(
+    path
+    for pattern in ("conf/labels/*/quantizer.yaml", "egs/*/conf/labels/*/quantizer.yaml")
+    for path in ROOT.glob(pattern)
+)
 
 LSQ = {"lsq_iters": 1, "logits_iters": 2}
 PAPER = {"trainer": "paper", "phase_one_iters": 2, "phase_two_iters": 2, "batch_size": 64}
@@ -60,3 +68,23 @@ def test_a_quantizer_that_is_refused_leaves_its_diagnostics(tmp_path, frames, se
     found = json.loads((tmp_path / "out/diagnostics.json").read_text())
     assert found["rrl"].keys() == {str(rounds) for rounds in range(6)}
     assert (tmp_path / "out/diagnostics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_shipped_sets_of_labels_have_confs_that_can_be():
+    found = {}
+    for path in LABELS:
+        confs = [ROOT / "conf/quantizer.yaml", ROOT / "conf/laptop/quantizer.yaml", path]
+        words = [word for conf in confs for word in ("--config", str(conf))]
+        words += ["--embeddings", "a.h5", "--out_dir", "out"]
+        found[path.parent.name] = cli.parse(train_quantizer.Settings, words)[0].quantizer
+    assert found["paper"].trainer == "paper" and found["paper"].standardize
+    assert (found["beam"].trainer, found["beam"].beam) == ("lsq", 16)
+    assert [found[f"n{n}"].num_codebooks for n in (1, 2, 4, 16)] == [1, 2, 4, 16]
+
+
+def test_a_conf_that_cannot_be_is_refused_before_anything_is_read():
+    conf = ["--config", str(ROOT / "conf/quantizer.yaml"), "--embeddings", "a.h5"]
+    with pytest.raises(RecipeError, match="num_codebooks: 3 is not a power of two"):
+        cli.parse(
+            train_quantizer.Settings, [*conf, "--out_dir", "out", "--quantizer.num_codebooks", "3"]
+        )
