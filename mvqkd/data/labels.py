@@ -37,6 +37,7 @@ from mvqkd.data.shards import ArrayFile, Shards
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
 from mvqkd.quantizer import Quantizer
+from mvqkd.quantizer.frames import require_finite
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and students do not need it
     from mvqkd.teachers.base import Teacher
@@ -198,13 +199,20 @@ class Expected(Protocol):
 
 @torch.inference_mode()
 def compute_labels(
-    kinds: Sequence[LabelKind], waveforms_BL: torch.Tensor, lengths_B: torch.Tensor
+    kinds: Sequence[LabelKind],
+    waveforms_BL: torch.Tensor,
+    lengths_B: torch.Tensor,
+    cut_ids: Sequence[str] = (),
 ) -> dict[str, tuple[torch.Tensor, list[int]]]:
     """By field, the labels (F, columns) of a batch's utterances one after the other, and how many
     frames each of them has. All layers of a teacher come from one pass.
 
     Args:
       waveforms_BL, lengths_B: see `Teacher.embed`; where the kinds have been moved to.
+      cut_ids: of the utterances, to have embeddings that are not finite refused. On a GPU that
+        waits for them.
+    Raises:
+      RecipeError: a frame is not finite; its cut is named.
     """
     embedded, frames = {}, {}
     for teacher in dict.fromkeys(kind.teacher for kind in kinds):
@@ -215,6 +223,10 @@ def compute_labels(
         for layer, embeddings_BTD in zip(layers, embeddings):
             embedded[teacher, layer] = embeddings_BTD[inside_BT]
         frames[teacher] = frames_B.tolist()
+        if cut_ids:
+            for layer in layers:
+                name = f"layer {layer} of {teacher.name}"
+                require_finite(embedded[teacher, layer], name, cut_ids, frames[teacher])
     return {
         kind.field: (kind.encode(embedded[kind.teacher, kind.origin.layer]), frames[kind.teacher])
         for kind in kinds
@@ -254,7 +266,10 @@ class Dumper:
         """By field, those of each cut."""
         batch = collate_audio(cuts)
         labels = compute_labels(
-            self.kinds, batch.waveforms_BL.to(self._device), batch.lengths_B.to(self._device)
+            self.kinds,
+            batch.waveforms_BL.to(self._device),
+            batch.lengths_B.to(self._device),
+            batch.ids,
         )
         return {
             field: [part.numpy() for part in encoded.cpu().split(frames)]

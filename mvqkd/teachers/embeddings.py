@@ -19,6 +19,7 @@ from lhotse import CutSet
 from mvqkd.data.audio import bucketed_batches, collate_audio
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
+from mvqkd.quantizer.frames import require_finite
 from mvqkd.teachers.base import Teacher
 
 
@@ -61,7 +62,7 @@ def sample_layers(
     `open_sample` reads the files.
 
     Raises:
-      RecipeError: fewer than two utterances.
+      RecipeError: fewer than two utterances, or a frame with NaN or infinity.
     """
     everything = list(cuts)
     order = np.random.default_rng(settings.seed).permutation(len(everything))
@@ -97,14 +98,18 @@ def sample_layers(
                 frames_B = frames_B.tolist()
                 utterances += [cut.id for cut in batch_cuts]
                 starts += [end + before for before in itertools.accumulate([0, *frames_B[:-1]])]
-                for file, embeddings_BTD in zip(files.values(), embeddings):
+                for (layer, file), embeddings_BTD in zip(files.items(), embeddings):
                     frames = file[name]
                     frames.resize(end + sum(frames_B), axis=0)
                     # An utterance at a time: together they could be too much to copy.
-                    for start, embeddings_TD, count in zip(
-                        starts[-len(frames_B) :], embeddings_BTD, frames_B
+                    for cut_id, start, embeddings_TD, count in zip(
+                        batch.ids, starts[-len(frames_B) :], embeddings_BTD, frames_B
                     ):
-                        frames[start : start + count] = embeddings_TD[:count].float().cpu().numpy()
+                        embeddings_TD = embeddings_TD[:count].float().cpu()
+                        require_finite(
+                            embeddings_TD, f"layer {layer} of {teacher.name}", [cut_id], [count]
+                        )
+                        frames[start : start + count] = embeddings_TD.numpy()
                 end += sum(frames_B)
                 done += sum(cut.duration for cut in batch_cuts)
             for file in files.values():

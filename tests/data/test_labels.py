@@ -34,7 +34,7 @@ from mvqkd.data.labels import (
 from mvqkd.data.manifests import read_cuts
 from mvqkd.data.shards import ArrayFile, Shards
 from mvqkd.errors import RecipeError
-from mvqkd.quantizer import Quantizer
+from mvqkd.quantizer import Quantizer, load_quantizer, save_quantizer
 from tests.conftest import CPU
 
 
@@ -104,6 +104,32 @@ def test_codebooks_of_fewer_entries_keep_a_column_each(feature_cuts, teacher, tm
         verify_labels(labelled, [CodebookIndexes(teacher, Quantizer(32, 4, 4), origin)])
     with pytest.raises(RecipeError, match="512 entries does not fit a byte"):
         dump(cuts, tmp_path, teacher, Quantizer(32, 512, 1), origin)
+
+
+def test_codebooks_that_are_searched_by_beam(feature_cuts, teacher, tmp_path):
+    residual = Quantizer(32, 16, 4, generator=torch.Generator().manual_seed(1)).eval()
+    residual.beam = 8
+    residual.set_id_from_weights()
+    cuts, arrays = CutSet.from_cuts(list(feature_cuts)[:2]), []
+    save_quantizer(tmp_path / "quantizer.pt", residual, {})
+    # The file without what lies beside it.
+    shutil.copy(tmp_path / "quantizer.pt", tmp_path / "copied.pt")
+    for name in ("quantizer", "copied"):
+        loaded, meta = load_quantizer(tmp_path / f"{name}.pt")
+        origin = Origin("tiny", 2, meta["quantizer_id"], meta["sha256"])
+        labelled = dump(cuts, tmp_path / name, teacher, loaded, origin)
+        arrays.append([load_labels(cut) for cut in labelled])
+    for cut, *found in zip(cuts, *arrays):
+        np.testing.assert_array_equal(*found)
+        wave_1L = torch.from_numpy(cut.load_audio())
+        embeddings, _ = teacher.embed(wave_1L, torch.tensor([wave_1L.shape[1]]), 2)
+        expected = residual.encode(embeddings[0], refine_indexes_iters=1, as_bytes=False)
+        # The 16-bit copy of perturbed audio may tip a near tie.
+        assert (expected.numpy() == found[0]).mean() > 0.98
+    residual.beam = 0
+    other = Origin("tiny", 2, origin.quantizer, residual.weights_sha256())
+    with pytest.raises(RecipeError, match="its labels were made by quantizer"):
+        check_origin(labelled[0], other, accept_unknown=False)
 
 
 def test_labels_of_another_quantizer_are_refused(labelled_cuts, teacher, quantizer, origin):
@@ -388,6 +414,31 @@ def test_embeddings_that_are_no_float16(feature_cuts, teacher, quantizer, origin
         "00000.lock",
         "made-from.json",
     ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["indexes", "float16"])
+def test_a_frame_that_is_not_finite_is_named(
+    feature_cuts, teacher, quantizer, origin, tmp_path, monkeypatch, kind, value
+):
+    layers = type(teacher)._layers
+    cuts = CutSet.from_cuts(list(feature_cuts)[:3])
+    bad = cuts[1]
+
+    def spoiled(self, waveforms_BL, lengths_B, *rest):
+        found = [x_BTD.clone() for x_BTD in layers(self, waveforms_BL, lengths_B, *rest)]
+        for x_BTD in found:
+            x_BTD[lengths_B == bad.num_samples, 7, 3] = value
+        return found
+
+    monkeypatch.setattr(type(teacher), "_layers", spoiled)
+    made = CodebookIndexes(teacher, quantizer, origin)
+    kinds = [made if kind == "indexes" else Embeddings(teacher, 2, "float16", "layer2")]
+    with pytest.raises(RecipeError) as caught:
+        dump_labels(cuts, tmp_path / "a.jsonl.gz", Dumper(kinds, LabelSettings(), CPU), 4)
+    expected = f"layer 2 of tiny: 1 frames with NaN or infinity (cut {bad.id} frame 7); leave out"
+    assert str(caught.value).startswith(expected) and "\n" not in str(caught.value)
+    assert not list((tmp_path / "shards").glob("*.h5")) and not (tmp_path / "a.jsonl.gz").exists()
 
 
 def test_labels_stay_with_lhotse_alone(feature_cuts, teacher, quantizer, origin, tmp_path):

@@ -320,3 +320,22 @@ def test_sample_of_embeddings(plain_cuts, teacher, tmp_path):
         pass
     with pytest.raises(RecipeError, match=r"sample\.num_utterances: .* fewer than 2"):
         sample_embeddings(plain_cuts, teacher, 2, out, SampleSettings(num_utterances=1), CPU)
+
+
+def test_a_frame_of_the_sample_that_is_not_finite_is_named(
+    plain_cuts, teacher, tmp_path, monkeypatch
+):
+    layers, bad = type(teacher)._layers, list(plain_cuts)[2]
+
+    def spoiled(self, waveforms_BL, lengths_B, *rest):
+        found = [x_BTD.clone() for x_BTD in layers(self, waveforms_BL, lengths_B, *rest)]
+        found[0][lengths_B == bad.num_samples, 4, 0] = float("nan")
+        return found
+
+    monkeypatch.setattr(type(teacher), "_layers", spoiled)
+    with pytest.raises(RecipeError) as caught:
+        sample_embeddings(plain_cuts, teacher, 1, tmp_path / "a.h5", SampleSettings(), CPU)
+    assert f"layer 1 of tiny: 1 frames with NaN or infinity (cut {bad.id} frame 4)" in str(
+        caught.value
+    )
+    assert not list(tmp_path.iterdir())
