@@ -204,21 +204,27 @@ def _walk_lattice(
     return score_B, px_grad, py_grad
 
 
+def _warn_of_no_triton(device: torch.device, error: Exception) -> None:
+    warnings.warn(f"no Triton on {device}: slower transducer loss: {error}", stacklevel=3)
+
+
 @functools.cache
 def _triton_kernels(device: torch.device):
     """The module `mvqkd.losses.rnnt_triton`, or None where its kernels do not run on the device.
 
-    Tried once: Triton needs a compiler and Python's headers, which need not be where torch is.
+    Tried once: Triton, and the compiler and Python's headers that it needs, need not be where
+    torch is.
     """
     try:
         kernels = importlib.import_module("mvqkd.losses.rnnt_triton")
-    except ImportError:
+    except ImportError as error:
+        _warn_of_no_triton(device, error)
         return None
     cell = torch.zeros(1, 1, 1, device=device)
     try:
         kernels.walk_lattice(cell[:, 1:], cell, torch.tensor([[0, 1]], device=device), True)
     except Exception as error:
-        warnings.warn(f"no Triton on {device}: slower transducer loss: {error}", stacklevel=2)
+        _warn_of_no_triton(device, error)
         return None
     return kernels
 
