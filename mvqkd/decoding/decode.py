@@ -44,15 +44,21 @@ class DecodingSettings:
         if self.beam < 1:
             raise RecipeError(f"decoding.beam: {self.beam} is no beam; set it to 1 or more")
 
-    def name(self, epoch: int, streaming: bool) -> str:
-        """As icefall names its result files."""
+    def name(self, weights: int | str, streaming: bool) -> str:
+        """As icefall names its result files.
+
+        Args:
+          weights: their last epoch, or what else they are called.
+        """
         parts = [self.method]
         if self.method == "modified_beam_search":
             parts.append(f"beam_size_{self.beam}")
         if streaming:
             chunk = f"chunk-{self.chunk_size}-left-{self.left_context}-right-{self.right_context}"
             parts.append(chunk)
-        return "-".join([*parts, f"epoch-{epoch}-avg-{self.avg}"])
+        if isinstance(weights, int):
+            weights = f"epoch-{weights}-avg-{self.avg}"
+        return "-".join([*parts, weights])
 
 
 def load_student(exp_dir: Path, settings: DecodingSettings) -> tuple[Transducer, int]:
