@@ -55,7 +55,7 @@ BACKENDS = ("auto", "native", "k2")
 
 
 @functools.cache
-def _import_k2():
+def import_k2():
     """k2, or None where it is missing or was built for another torch (tried once)."""
     try:
         return importlib.import_module("k2")
@@ -77,7 +77,7 @@ def _with_backend(is_of_k2: Callable[..., bool]) -> Callable:
         def dispatch(*args, backend: str = "auto", **kwargs):
             if backend not in BACKENDS:
                 raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-            k2 = None if backend == "native" else _import_k2()
+            k2 = None if backend == "native" else import_k2()
             if backend == "k2" and k2 is None:
                 raise ValueError("backend 'k2' was asked for, but k2 does not import; use 'native'")
             function = native

@@ -349,6 +349,7 @@ def test_range_of_one_holds_a_modified_path_and_no_constrained_one():
         ranges = get_rnnt_prune_ranges(*grads, boundary, 1)
         am_pruned, lm_pruned = do_rnnt_pruning(am, lm, ranges)
         with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             loss = rnnt_loss_pruned(
                 am_pruned + lm_pruned, symbols, ranges, 0, boundary, rnnt_type, reduction="none"
             )
@@ -406,7 +407,7 @@ def test_backend_k2_is_used_where_it_imports(monkeypatch):
     am, lm, ranges = torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), full_ranges(1, 2, 1)
     for module, auto in ((k2, "k2"), (None, None)):  # None in sys.modules: the import fails
         monkeypatch.setitem(sys.modules, "k2", module)
-        rnnt._import_k2.cache_clear()
+        rnnt.import_k2.cache_clear()
         if auto:
             assert rnnt.do_rnnt_pruning(am, lm, ranges=ranges) == "k2"
             assert rnnt.do_rnnt_pruning(am, lm, ranges, backend="k2") == "k2"
@@ -415,14 +416,14 @@ def test_backend_k2_is_used_where_it_imports(monkeypatch):
             with pytest.raises(ValueError, match="does not import"):
                 rnnt.do_rnnt_pruning(am, lm, ranges, backend="k2")
         assert rnnt.do_rnnt_pruning(am, lm, ranges, backend="native")[0].shape == (1, 2, 2, 3)
-    rnnt._import_k2.cache_clear()
+    rnnt.import_k2.cache_clear()
     assert len(calls) == 2 and calls[0][1]["ranges"] is ranges
 
 
 def test_what_k2_asserts_against_is_computed_here(monkeypatch):
     k2 = types.ModuleType("k2")
     monkeypatch.setitem(sys.modules, "k2", k2)
-    rnnt._import_k2.cache_clear()
+    rnnt.import_k2.cache_clear()
     for name in ("rnnt_loss_smoothed", "rnnt_loss_pruned", "get_rnnt_prune_ranges"):
         monkeypatch.setattr(k2, name, lambda *args, **kwargs: "k2", raising=False)
     k2.mutual_information_recursion = k2.rnnt_loss_smoothed
@@ -449,4 +450,4 @@ def test_what_k2_asserts_against_is_computed_here(monkeypatch):
             assert backends_of(6, 6, **changed) == ["k2", "native", "k2", "k2"]
     with pytest.raises(ValueError, match="lm must be"):
         rnnt.rnnt_loss_smoothed(torch.zeros(3), torch.zeros(3), torch.zeros(1, 1), 0)
-    rnnt._import_k2.cache_clear()
+    rnnt.import_k2.cache_clear()
