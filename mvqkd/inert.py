@@ -33,6 +33,7 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+DTYPES = {str(dtype).removeprefix("torch.") for dtype in STORAGES.values()}
 # Objects with attributes. omegaconf's containers are resolved afterwards, the others not used.
 OBJECTS = {
     ("fairseq.data.dictionary", "Dictionary"),
@@ -132,7 +133,7 @@ class _Reader(pickle.Unpickler):
             return lambda sizes=(): list(sizes)
         if module == "torch" and name in STORAGES:
             return type(name, (_Object,), {"dtype": STORAGES[name]})
-        if module == "torch" and getattr(torch, name, None) in STORAGES.values():
+        if module == "torch" and name in DTYPES:
             return type(name, (_Object,), {})
         if key == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda storage, offset, size, stride, *_: _Tensor(storage, offset, size, stride)

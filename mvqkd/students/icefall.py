@@ -88,10 +88,10 @@ def _averaged(path: Path, last: dict[str, Any], avg: int) -> tuple[dict[str, Ten
 
 def _averaged_steps(checkpoint: dict[str, Any]) -> int:
     """Steps whose mean ``model_avg`` is: it takes the weights once every ``average_period``."""
-    if not checkpoint.get("model_avg"):
+    period = checkpoint.get("average_period")
+    if not checkpoint.get("model_avg") or not period:
         return 0
-    period = checkpoint["average_period"]
-    return checkpoint["batch_idx_train"] // period * period
+    return checkpoint.get("batch_idx_train", 0) // period * period
 
 
 def _settings(
