@@ -11,7 +11,9 @@ import torch
 from lhotse import CutSet
 from lhotse.cut import MixedCut
 from lhotse.dataset import DynamicBucketingSampler
+from lhotse.utils import compute_num_samples
 
+from mvqkd.data import SAMPLE_RATE
 from mvqkd.errors import RecipeError, reason_of
 
 
@@ -25,13 +27,20 @@ class AudioBatch:
     texts: list[str]
 
 
+def num_samples(cut) -> int:
+    """How many samples `load_audio` gives."""
+    return compute_num_samples(cut.duration, SAMPLE_RATE)
+
+
 def load_audio(cut) -> np.ndarray:
-    """Samples (L,) of ``cut``.
+    """Samples (L,) of ``cut`` at 16 kHz, whatever its own sampling rate is.
 
     Raises:
       RecipeError: the audio is missing or cannot be decoded.
     """
     try:
+        if cut.sampling_rate != SAMPLE_RATE:
+            cut = cut.resample(SAMPLE_RATE)
         return cut.load_audio()[0]
     except Exception as error:  # lhotse's backends raise their own kinds
         # A mixed cut has several recordings; its reason names the one.

@@ -31,7 +31,7 @@ from lhotse.cut import Cut, MixedCut, PaddingCut
 from lhotse.features.io import close_cached_file_handles
 from lhotse.utils import fastcopy
 
-from mvqkd.data.audio import collate_audio
+from mvqkd.data.audio import collate_audio, num_samples
 from mvqkd.data.manifests import read_cuts, write_cuts
 from mvqkd.data.shards import ArrayFile, Shards
 from mvqkd.errors import RecipeError
@@ -506,7 +506,7 @@ def _verify_label(cut, kind: Expected, accept_unknown: bool) -> int:
         raise RecipeError(
             f"cut {cut.id}: its {kind.field} are {array.dtype}, not {kind.dtype}; dump them again"
         )
-    expected = kind.teacher.num_frames(cut.num_samples)
+    expected = kind.teacher.num_frames(num_samples(cut))
     # One more is what icefall stores.
     shapes = [(expected, kind.columns), (expected + 1, kind.columns)]
     if array.shape not in shapes:
