@@ -11,17 +11,19 @@ N: codebooks, T: teacher frames, D: dimension, F: frames of a batch, B: cuts.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import json
 import logging
 import math
 import re
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -31,9 +33,10 @@ from lhotse.cut import Cut, MixedCut, PaddingCut
 from lhotse.features.io import close_cached_file_handles
 from lhotse.utils import fastcopy
 
-from mvqkd.data.audio import collate_audio, num_samples
+from mvqkd.data.audio import AudioBatch, collate_audio, num_samples
 from mvqkd.data.manifests import read_cuts, write_cuts
 from mvqkd.data.shards import ArrayFile, Shards
+from mvqkd.device import Precision, matrix_dtype
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
 from mvqkd.quantizer import Quantizer
@@ -86,6 +89,13 @@ class LabelSettings:
     max_duration: float = 100
     shard_size: int = 500
     refine_iters: int = 5
+    # Of the teacher's matrices; see `matrix_dtype`.
+    precision: Precision = "auto"
+    # Of the CPU's arithmetic, whatever the environment says: sums that are shared out among more
+    # threads round differently. For more cores start more processes.
+    num_threads: int = 2
+    # Threads that read audio ahead of the teacher.
+    num_loaders: int = 4
 
 
 class CodebookIndexes:
@@ -198,23 +208,26 @@ class Expected(Protocol):
 
 @torch.inference_mode()
 def compute_labels(
-    kinds: Sequence[LabelKind], waveforms_BL: torch.Tensor, lengths_B: torch.Tensor
+    kinds: Sequence[LabelKind],
+    waveforms_BL: torch.Tensor,
+    lengths_B: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, tuple[torch.Tensor, list[int]]]:
     """By field, the labels (F, columns) of a batch's utterances one after the other, and how many
     frames each of them has. All layers of a teacher come from one pass.
 
     Args:
-      waveforms_BL, lengths_B: see `Teacher.embed`; where the kinds have been moved to.
+      waveforms_BL, lengths_B, dtype: see `Teacher.embed`; the waveforms where the kinds have been
+        moved to.
     """
     embedded, frames = {}, {}
     for teacher in dict.fromkeys(kind.teacher for kind in kinds):
         layers = sorted({kind.origin.layer for kind in kinds if kind.teacher is teacher})
-        embeddings, frames_B = teacher.embed_layers(waveforms_BL, lengths_B, layers)
-        frames_T = torch.arange(embeddings[0].shape[1], device=waveforms_BL.device)
-        inside_BT = frames_T < frames_B[:, None]
-        for layer, embeddings_BTD in zip(layers, embeddings):
-            embedded[teacher, layer] = embeddings_BTD[inside_BT]
+        embeddings, frames_B = teacher.embed_layers(waveforms_BL, lengths_B, layers, dtype)
         frames[teacher] = frames_B.tolist()
+        for layer, embeddings_BTD in zip(layers, embeddings):
+            inside = (x_TD[:count] for x_TD, count in zip(embeddings_BTD, frames[teacher]))
+            embedded[teacher, layer] = torch.cat(list(inside))
     return {
         kind.field: (kind.encode(embedded[kind.teacher, kind.origin.layer]), frames[kind.teacher])
         for kind in kinds
@@ -243,41 +256,71 @@ class Dumper:
             kind.to(device)
         self.kinds = list(kinds)
         self._settings, self._device = settings, device
+        self._dtype = matrix_dtype(settings.precision, device)
 
     def made_from(self) -> dict:
         """What the bytes of a shard follow from, beside its cuts."""
         # Sums in another order, as in batches of another size, may tip a near tie.
         labels = {kind.field: kind.made_from() for kind in self.kinds}
-        return {"max_duration": self._settings.max_duration, **labels}
-
-    def _labels(self, cuts: CutSet) -> dict[str, list[np.ndarray]]:
-        """By field, those of each cut."""
-        batch = collate_audio(cuts)
-        labels = compute_labels(
-            self.kinds, batch.waveforms_BL.to(self._device), batch.lengths_B.to(self._device)
-        )
         return {
-            field: [part.numpy() for part in encoded.cpu().split(frames)]
-            for field, (encoded, frames) in labels.items()
+            "max_duration": self._settings.max_duration,
+            "precision": str(self._dtype).removeprefix("torch."),
+            "num_threads": self._settings.num_threads,
+            **labels,
         }
 
     def __call__(self, cuts: CutSet, arrays: ArrayFile) -> CutSet:
         cuts = CutSet.from_cuts([fastcopy(cut) for cut in cuts])  # the caller's stay as they are
-        by_length = sorted(cuts, key=lambda cut: -cut.duration)
-        batch: list = []
-        for cut in by_length:
-            longest = batch[0].duration if batch else cut.duration
-            if batch and longest * (len(batch) + 1) > self._settings.max_duration:
-                self._label(batch, arrays)
-                batch = []
-            batch.append(cut)
-        self._label(batch, arrays)
+        batches = self._batches(cuts)
+        # The teacher waits neither for audio nor for the disk. An error of another thread is
+        # raised here, and who stops here waits until no thread has the file in hand.
+        with (
+            _threads(self._settings.num_threads),
+            ThreadPoolExecutor(self._settings.num_loaders) as loaders,
+            ThreadPoolExecutor(1) as writer,
+        ):
+            loaded = _ahead(loaders, self._load, batches, self._settings.num_loaders + 1)
+            computed = (
+                (batch, self._compute(audio), arrays) for batch, audio in zip(batches, loaded)
+            )
+            for _ in _ahead(writer, self._store, computed, 2):
+                pass
         return cuts
 
-    def _label(self, cuts: list, arrays: ArrayFile) -> None:
-        labels = self._labels(CutSet.from_cuts(cuts))
+    def _batches(self, cuts: CutSet) -> list[list[Cut]]:
+        """Of like durations, the longest first."""
+        batches: list[list[Cut]] = [[]]
+        for cut in sorted(cuts, key=lambda cut: -cut.duration):
+            longest = batches[-1][0].duration if batches[-1] else cut.duration
+            if batches[-1] and longest * (len(batches[-1]) + 1) > self._settings.max_duration:
+                batches.append([])
+            batches[-1].append(cut)
+        return batches
+
+    def _load(self, cuts: list[Cut]) -> AudioBatch:
+        """By a thread of its own, as `_store`."""
+        audio = collate_audio(CutSet.from_cuts(cuts))
+        for teacher in dict.fromkeys(kind.teacher for kind in self.kinds):
+            for cut_id, length in zip(audio.ids, audio.lengths_B.tolist()):
+                teacher.check_length(f"cut {cut_id}", length)
+        if self._device.type == "cuda":  # whence it is copied without waiting
+            audio.waveforms_BL = audio.waveforms_BL.pin_memory()
+        return audio
+
+    def _compute(self, audio: AudioBatch) -> dict[str, tuple[torch.Tensor, list[int]]]:
+        """See `compute_labels`."""
+        waveforms_BL = audio.waveforms_BL.to(self._device, non_blocking=True)
+        return compute_labels(self.kinds, waveforms_BL, audio.lengths_B, self._dtype)
+
+    def _store(
+        self,
+        computed: tuple[list[Cut], dict[str, tuple[torch.Tensor, list[int]]], ArrayFile],
+    ) -> None:
+        cuts, labels, arrays = computed
         for kind in self.kinds:
-            for cut, array in zip(cuts, labels[kind.field]):
+            encoded_FX, frames = labels[kind.field]
+            for cut, label_TX in zip(cuts, encoded_FX.cpu().split(frames)):
+                array = label_TX.numpy()
                 wrong = kind.what_is_wrong(array)
                 if wrong:
                     raise RecipeError(f"cut {cut.id}: {kind.field} {wrong}; see to the teacher")
@@ -299,6 +342,38 @@ class Dumper:
                     ),
                     origin_field(kind.field): asdict(kind.origin),
                 }
+
+
+X, Y = TypeVar("X"), TypeVar("Y")
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[X], Y], items: Iterable[X], number: int
+) -> Iterator[Y]:
+    """``function`` of each of ``items``, in their order; the pool has up to ``number`` in hand
+    beside the one that is waited for."""
+    futures: deque[Future[Y]] = deque()
+    try:
+        for item in items:
+            futures.append(pool.submit(function, item))
+            if len(futures) > number:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Within, torch computes with ``number`` threads on the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def dump_labels(cuts: CutSet, out: Path, dumper: Dumper, shard_size: int) -> CutSet | None:

@@ -17,6 +17,7 @@ import torch
 from lhotse import CutSet
 
 from mvqkd.data.audio import bucketed_batches, collate_audio
+from mvqkd.device import Precision, matrix_dtype
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
 from mvqkd.teachers.base import Teacher
@@ -31,6 +32,8 @@ class SampleSettings:
     num_unseen: int = 50
     max_duration: float = 100
     seed: int = 1
+    # Of the teacher's matrices; see `matrix_dtype`.
+    precision: Precision = "auto"
 
 
 def sample_embeddings(
@@ -61,7 +64,7 @@ def sample_layers(
     `open_sample` reads the files.
 
     Raises:
-      RecipeError: fewer than two utterances.
+      RecipeError: fewer than two utterances, or one that is too short for a frame.
     """
     everything = list(cuts)
     order = np.random.default_rng(settings.seed).permutation(len(everything))
@@ -72,6 +75,7 @@ def sample_layers(
             "sample.num_utterances: the sample has fewer than 2 utterances, one to train and one "
             "to measure on; raise it, or give more speech"
         )
+    dtype = matrix_dtype(settings.precision, device)
     started, done = time.monotonic(), 0.0
     with contextlib.ExitStack() as stack:
         files = {
@@ -91,8 +95,10 @@ def sample_layers(
             batches = bucketed_batches(CutSet.from_cuts(part), settings.max_duration, 0, 0)
             for batch_cuts in batches:
                 batch = collate_audio(batch_cuts)
+                for cut_id, length in zip(batch.ids, batch.lengths_B.tolist()):
+                    teacher.check_length(f"cut {cut_id}", length)
                 embeddings, frames_B = teacher.embed_layers(
-                    batch.waveforms_BL.to(device), batch.lengths_B.to(device), list(files)
+                    batch.waveforms_BL.to(device), batch.lengths_B, list(files), dtype
                 )
                 frames_B = frames_B.tolist()
                 utterances += [cut.id for cut in batch_cuts]

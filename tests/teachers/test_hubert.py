@@ -71,6 +71,27 @@ def test_layers_are_those_of_transformers(any_teacher):
     assert len(encoder.layers) == any_teacher.num_layers == 2
 
 
+def test_layers_above_are_not_run(any_teacher):
+    run = []
+    for number, layer in enumerate(any_teacher.model.base_model.encoder.layers, start=1):
+        layer.register_forward_hook(lambda *_, number=number: run.append(number))
+    for wanted in (1, 2):
+        any_teacher.embed(*waveforms(8000, 5000), wanted)
+        assert run == list(range(1, wanted + 1))
+        run.clear()
+
+
+def test_half_precision_gives_float32_close_to_it(any_teacher):
+    waveforms_BL, lengths_B = waveforms(9000, 16000)
+    for layer in (1, 2):
+        whole_BTD, _ = any_teacher.embed(waveforms_BL, lengths_B, layer)
+        half_BTD, _ = any_teacher.embed(waveforms_BL, lengths_B, layer, torch.bfloat16)
+        assert half_BTD.dtype == torch.float32
+        whole_TD, half_TD = whole_BTD[1], half_BTD[1]
+        error = (half_TD - whole_TD).square().sum()
+        assert 0 < error < 1e-3 * (whole_TD - whole_TD.mean(0)).square().sum()
+
+
 def test_number_and_place_of_frames(any_teacher):
     assert (any_teacher.frame_shift, any_teacher.receptive_field) == (0.02, 400)
     assert any_teacher.frame_offset == 0.0125
@@ -138,7 +159,7 @@ def test_layer_out_of_range_and_too_short_utterance(teacher):
     for layer in (0, 3, -1):
         with pytest.raises(RecipeError, match=rf"teacher tiny: layer {layer} is not in 1\.\.2"):
             teacher.embed(*waveforms(8000), layer)
-    with pytest.raises(RecipeError, match="utterance of 399 samples is shorter than one frame"):
+    with pytest.raises(RecipeError, match="an utterance: 399 samples are shorter than one frame"):
         teacher.embed(*waveforms(8000, 399), 1)
 
 
