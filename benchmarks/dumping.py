@@ -130,7 +130,6 @@ def make_cuts(folder: Path, count: int, seconds: float) -> CutSet:
     return CutSet.from_cuts(cuts)
 
 
-@torch.inference_mode()
 def measure(settings: Settings, device: torch.device, folder: Path) -> None:
     torch.manual_seed(1)
     config = HubertConfig(**SIZES[settings.size], num_hidden_layers=settings.layer, vocab_size=32)

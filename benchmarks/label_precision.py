@@ -23,11 +23,12 @@ import torch
 from lhotse import CutSet
 
 from mvqkd import cli
-from mvqkd.data.audio import bucketed_batches, collate_audio
+from mvqkd.data.audio import AudioBatch, bucketed_batches, collate_audio
 from mvqkd.data.manifests import read_cuts
 from mvqkd.device import describe_device, pick_device
-from mvqkd.quantizer import load_quantizer
+from mvqkd.quantizer import Quantizer, load_quantizer
 from mvqkd.teachers import load_teacher
+from mvqkd.teachers.base import Teacher
 
 
 @dataclass
@@ -47,6 +48,22 @@ class Settings:
 
 
 @torch.inference_mode()
+def label(
+    teacher: Teacher,
+    quantizer: Quantizer,
+    layer: int,
+    batch: AudioBatch,
+    dtype: torch.dtype,
+    rounds: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(embeddings (F, D), indexes (F, N)) of a batch's frames."""
+    waveforms_BL = batch.waveforms_BL.to(quantizer.centers.device)
+    embeddings_BTD, frames_B = teacher.embed(waveforms_BL, batch.lengths_B, layer, dtype)
+    x_FD = torch.cat([x_TD[:count] for x_TD, count in zip(embeddings_BTD, frames_B.tolist())])
+    return x_FD, quantizer.encode(x_FD, rounds, as_bytes=False)
+
+
+@torch.no_grad()
 def main(settings: Settings) -> None:
     device = pick_device(settings.device)
     quantizer, meta = load_quantizer(settings.quantizer)
@@ -59,15 +76,10 @@ def main(settings: Settings) -> None:
     errors = {torch.float32: 0.0, torch.bfloat16: 0.0}
     for batch_cuts in bucketed_batches(cuts, settings.max_duration, seed=0, epoch=0):
         batch = collate_audio(batch_cuts)
-        waveforms_BL, found = batch.waveforms_BL.to(device), {}
-        for dtype in errors:
-            embeddings_BTD, frames_B = teacher.embed(
-                waveforms_BL, batch.lengths_B, meta["layer"], dtype
-            )
-            pairs = zip(embeddings_BTD, frames_B.tolist())
-            x_FD = torch.cat([x_TD[:count] for x_TD, count in pairs])
-            indexes_FN = quantizer.encode(x_FD, settings.refine_iters, as_bytes=False)
-            found[dtype] = x_FD, indexes_FN
+        found = {
+            dtype: label(teacher, quantizer, meta["layer"], batch, dtype, settings.refine_iters)
+            for dtype in errors
+        }
         (x_FD, indexes_FN), (half_FD, half_FN) = found.values()
         num_frames += len(x_FD)
         differ += int((indexes_FN != half_FN).sum())
