@@ -144,7 +144,7 @@ def measure(settings: Settings, device: torch.device, folder: Path) -> None:
     cuts = make_cuts(folder, settings.num_utterances or UTTERANCES[device.type], settings.seconds)
     if device.type == "cpu":
         torch.set_num_threads(settings.labels.num_threads)
-    batches = [dumper._load(batch) for batch in dumper._batches(cuts)]
+    batches = [dumper._load(batch)[1] for batch in dumper._batches(cuts)]
 
     def forward() -> None:
         for batch in batches:

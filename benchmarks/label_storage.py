@@ -68,8 +68,8 @@ class FrameClock:
 class RandomDumper(Dumper):
     """Gives each cut random values."""
 
-    def _load(self, cuts: list[Cut]) -> list[Cut]:
-        return cuts
+    def _load(self, cuts: list[Cut]) -> tuple[list[Cut], list[Cut], dict[str, str]]:
+        return cuts, cuts, {}
 
     def _compute(self, cuts: list[Cut]) -> dict[str, tuple[torch.Tensor, list[int]]]:
         rng, labels = np.random.default_rng(len(cuts)), {}

@@ -22,6 +22,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
@@ -33,7 +34,7 @@ from lhotse.cut import Cut, MixedCut, PaddingCut
 from lhotse.features.io import close_cached_file_handles
 from lhotse.utils import fastcopy
 
-from mvqkd.data.audio import AudioBatch, collate_audio, num_samples
+from mvqkd.data.audio import AudioBatch, check_bad, collate_good, list_bad, num_samples
 from mvqkd.data.manifests import read_cuts, write_cuts
 from mvqkd.data.shards import ArrayFile, Shards
 from mvqkd.device import Precision, matrix_dtype
@@ -45,6 +46,9 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and students do not n
     from mvqkd.teachers.base import Teacher
 
 FIELD = "codebook_indexes"
+# The key of what is wrong with the cuts of a shard that have no labels: JSON, by cut id, as bytes.
+_BAD = "bad-utterances"
+CONF = "labels.yaml"
 ORIGIN_FIELD = "codebook_indexes_origin"
 # What padding of indexes is filled with: cross-entropy leaves it out. 0 would be a valid index.
 # Padding of embeddings is NaN: any number may be valid.
@@ -92,10 +96,12 @@ class LabelSettings:
     # Of the teacher's matrices; see `matrix_dtype`.
     precision: Precision = "auto"
     # Of the CPU's arithmetic, whatever the environment says: sums that are shared out among more
-    # threads round differently. For more cores start more processes.
+    # threads round differently. Start a process for as many cores.
     num_threads: int = 2
     # Threads that read audio ahead of the teacher.
     num_loaders: int = 4
+    # Share of the utterances that may be broken; they are left out and listed.
+    max_bad_share: float = 0.01
 
 
 class CodebookIndexes:
@@ -257,6 +263,7 @@ class Dumper:
         self.kinds = list(kinds)
         self._settings, self._device = settings, device
         self._dtype = matrix_dtype(settings.precision, device)
+        self.max_bad_share = settings.max_bad_share
 
     def made_from(self) -> dict:
         """What the bytes of a shard follow from, beside its cuts."""
@@ -269,9 +276,17 @@ class Dumper:
             **labels,
         }
 
-    def __call__(self, cuts: CutSet, arrays: ArrayFile) -> CutSet:
+    def __call__(self, cuts: CutSet, arrays: ArrayFile, num_cuts: int | None = None) -> CutSet:
+        """The good ones of ``cuts`` with labels; what is wrong with the others goes to ``arrays``.
+
+        Args:
+          num_cuts: of which at most ``max_bad_share`` may be bad; None: of these.
+
+        Raises:
+          RecipeError: more of them are.
+        """
         cuts = CutSet.from_cuts([fastcopy(cut) for cut in cuts])  # the caller's stay as they are
-        batches = self._batches(cuts)
+        bad: dict[str, str] = {}
         # The teacher waits neither for audio nor for the disk. An error of another thread is
         # raised here, and who stops here waits until no thread has the file in hand.
         with (
@@ -279,13 +294,21 @@ class Dumper:
             ThreadPoolExecutor(self._settings.num_loaders) as loaders,
             ThreadPoolExecutor(1) as writer,
         ):
-            loaded = _ahead(loaders, self._load, batches, self._settings.num_loaders + 1)
-            computed = (
-                (batch, self._compute(audio), arrays) for batch, audio in zip(batches, loaded)
-            )
-            for _ in _ahead(writer, self._store, computed, 2):
+            ahead = self._settings.num_loaders + 1
+            loaded = _ahead(loaders, self._load, self._batches(cuts), ahead)
+
+            def computed():
+                for batch, audio, wrong in loaded:
+                    bad.update(wrong)
+                    check_bad(bad, num_cuts or len(cuts), self.max_bad_share, CONF)
+                    if batch:
+                        yield batch, self._compute(audio), arrays
+
+            for _ in _ahead(writer, self._store, computed(), 2):
                 pass
-        return cuts
+        if bad:
+            arrays.store(_BAD, np.frombuffer(json.dumps(bad).encode(), np.uint8))
+        return CutSet.from_cuts(cut for cut in cuts if cut.id not in bad)
 
     def _batches(self, cuts: CutSet) -> list[list[Cut]]:
         """Of like durations, the longest first."""
@@ -297,15 +320,17 @@ class Dumper:
             batches[-1].append(cut)
         return batches
 
-    def _load(self, cuts: list[Cut]) -> AudioBatch:
-        """By a thread of its own, as `_store`."""
-        audio = collate_audio(CutSet.from_cuts(cuts))
-        for teacher in dict.fromkeys(kind.teacher for kind in self.kinds):
-            for cut_id, length in zip(audio.ids, audio.lengths_B.tolist()):
-                teacher.check_length(f"cut {cut_id}", length)
-        if self._device.type == "cuda":  # whence it is copied without waiting
+    def _load(self, cuts: list[Cut]) -> tuple[list[Cut], AudioBatch | None, dict[str, str]]:
+        """(good cuts, their audio, what is wrong with the others); by a thread of its own, as
+        `_store`."""
+        audio, bad = collate_good(cuts, self._check_length)
+        if audio is not None and self._device.type == "cuda":  # whence it is copied without waiting
             audio.waveforms_BL = audio.waveforms_BL.pin_memory()
-        return audio
+        return [cut for cut in cuts if cut.id not in bad], audio, bad
+
+    def _check_length(self, name: str, num_samples: int) -> None:
+        for teacher in dict.fromkeys(kind.teacher for kind in self.kinds):
+            teacher.check_length(name, num_samples)
 
     def _compute(self, audio: AudioBatch) -> dict[str, tuple[torch.Tensor, list[int]]]:
         """See `compute_labels`."""
@@ -381,6 +406,8 @@ def dump_labels(cuts: CutSet, out: Path, dumper: Dumper, shard_size: int) -> Cut
 
     Any number of processes may call this with the same arguments, at once or one after the
     other, and take shards as they come: ``out`` and the shards have the same bytes in the end.
+    Cuts whose audio cannot be read, or is too short for a frame, are left out, and listed in
+    ``bad-utterances.txt`` beside ``out``.
 
     Returns:
       the cuts; None where other processes still have shards in hand, of which the last to
@@ -388,7 +415,7 @@ def dump_labels(cuts: CutSet, out: Path, dumper: Dumper, shard_size: int) -> Cut
 
     Raises:
       RecipeError: the folder holds labels made from something else, labels are not what they
-        should be, or the disk is full.
+        should be, too many cuts are bad, or the disk is full.
     """
     folder = out.parent / "shards"
     shards = Shards(cuts, folder, shard_size, "labels", joined=out)
@@ -396,18 +423,23 @@ def dump_labels(cuts: CutSet, out: Path, dumper: Dumper, shard_size: int) -> Cut
         folder / "made-from.json",
         {"cuts": _fingerprint(cuts), "shard_size": shard_size, **dumper.made_from()},
     )
-    if not shards.share(dumper):
+    if not shards.share(partial(dumper, num_cuts=len(cuts))):
         return None
+    bad: dict[str, str] = {}
+    for array in shards.stored(_BAD):
+        bad.update(json.loads(array.tobytes()))
+    check_bad(bad, len(cuts), dumper.max_bad_share, CONF)
     try:
         labelled = read_cuts(out) if out.exists() else shards.cuts()
     except FileNotFoundError:
         if not out.exists():
             raise
         labelled = read_cuts(out)  # written by another process since
-    if [cut.id for cut in labelled] != [cut.id for cut in cuts]:
+    if [cut.id for cut in labelled] != [cut.id for cut in cuts if cut.id not in bad]:
         raise RecipeError(f"{out}: has not the cuts that were to be labelled; remove it")
     close_cached_file_handles()  # what is read is what is there now
     verify_labels(labelled, dumper.kinds)
+    list_bad(bad, out.with_name("bad-utterances.txt"))
     if not out.exists():
         with written_aside(out) as aside:
             write_cuts(labelled, aside)

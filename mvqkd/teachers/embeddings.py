@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from lhotse import CutSet
 
-from mvqkd.data.audio import bucketed_batches, collate_audio
+from mvqkd.data.audio import bucketed_batches, check_bad, collate_good, list_bad
 from mvqkd.device import Precision, matrix_dtype
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
@@ -34,6 +34,8 @@ class SampleSettings:
     seed: int = 1
     # Of the teacher's matrices; see `matrix_dtype`.
     precision: Precision = "auto"
+    # Share of the sample that may be broken; it is left out and listed.
+    max_bad_share: float = 0.01
 
 
 def sample_embeddings(
@@ -63,8 +65,11 @@ def sample_layers(
     The speech goes through the teacher once, and no more than a batch is held in memory.
     `open_sample` reads the files.
 
+    Utterances whose audio cannot be read, or is too short for a frame, are left out, and listed in
+    ``bad-utterances.txt`` beside the files.
+
     Raises:
-      RecipeError: fewer than two utterances, or one that is too short for a frame.
+      RecipeError: fewer than two utterances, or too many bad ones.
     """
     everything = list(cuts)
     order = np.random.default_rng(settings.seed).permutation(len(everything))
@@ -76,6 +81,7 @@ def sample_layers(
             "to measure on; raise it, or give more speech"
         )
     dtype = matrix_dtype(settings.precision, device)
+    bad: dict[str, str] = {}
     started, done = time.monotonic(), 0.0
     with contextlib.ExitStack() as stack:
         files = {
@@ -94,14 +100,16 @@ def sample_layers(
             utterances, starts, end = [], [], 0
             batches = bucketed_batches(CutSet.from_cuts(part), settings.max_duration, 0, 0)
             for batch_cuts in batches:
-                batch = collate_audio(batch_cuts)
-                for cut_id, length in zip(batch.ids, batch.lengths_B.tolist()):
-                    teacher.check_length(f"cut {cut_id}", length)
+                batch, wrong = collate_good(batch_cuts, teacher.check_length)
+                bad.update(wrong)
+                check_bad(bad, len(chosen), settings.max_bad_share, "sample.yaml")
+                if batch is None:
+                    continue
                 embeddings, frames_B = teacher.embed_layers(
                     batch.waveforms_BL.to(device), batch.lengths_B, list(files), dtype
                 )
                 frames_B = frames_B.tolist()
-                utterances += [cut.id for cut in batch_cuts]
+                utterances += batch.ids
                 starts += [end + before for before in itertools.accumulate([0, *frames_B[:-1]])]
                 for file, embeddings_BTD in zip(files.values(), embeddings):
                     frames = file[name]
@@ -125,6 +133,8 @@ def sample_layers(
             file.attrs["layer"] = layer
             file.attrs["frame_shift"] = teacher.frame_shift
             file.attrs["frame_offset"] = teacher.frame_offset
+    for folder in {out.parent for out in outs.values()}:
+        list_bad(bad, folder / "bad-utterances.txt")
 
 
 @dataclass

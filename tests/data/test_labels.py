@@ -420,7 +420,8 @@ def test_threads_change_no_byte(feature_cuts, teacher, quantizer, origin, tmp_pa
             done = dumper(feature_cuts, arrays)
         else:
             for batch in dumper._batches(CutSet.from_cuts(map(fastcopy, feature_cuts))):
-                dumper._store((batch, dumper._compute(dumper._load(batch)), arrays))
+                _, audio, _ = dumper._load(batch)
+                dumper._store((batch, dumper._compute(audio), arrays))
         arrays.close()
     assert (tmp_path / "one").read_bytes() == (tmp_path / "many").read_bytes()
     assert [cut.id for cut in done] == list(feature_cuts.ids)
@@ -475,6 +476,37 @@ def test_errors_of_other_threads_leave_one_line_and_nothing_else(
 
     monkeypatch.setattr(ArrayFile, "store", full)
     assert "00000.h5: cannot be written (No space left on device)" in said(cuts[2])
+
+
+def test_bad_cuts_are_left_out_and_listed_up_to_a_share(
+    feature_cuts, teacher, quantizer, origin, tmp_path, caplog
+):
+    cuts = list(feature_cuts)
+    good = dump(CutSet.from_cuts(cuts), tmp_path / "good", teacher, quantizer, origin)
+    source = fastcopy(cuts[2].recording.sources[0], source=str(tmp_path / "broken.flac"))
+    (tmp_path / "broken.flac").write_bytes(b"no FLAC")
+    cuts[2] = fastcopy(cuts[2], recording=fastcopy(cuts[2].recording, sources=[source]))
+    cuts[9] = cuts[9].truncate(duration=0.01, preserve_id=True)
+    some, out = CutSet.from_cuts(cuts), tmp_path / "labels"
+    with pytest.raises(
+        RecipeError, match=r"\(1 of 12 utterances are bad, more than max_bad_share = "
+    ):
+        dump(some, out, teacher, quantizer, origin)
+    # One in either shard, but both are too many.
+    with pytest.raises(RecipeError, match=r"cut .*\(2 of 12 utterances are bad.* of labels.yaml"):
+        dump(some, out, teacher, quantizer, origin, max_bad_share=0.1)
+    assert not (out / "train.jsonl.gz").exists()
+    for _ in range(2):  # the second call finds all done
+        labelled = dump(some, out, teacher, quantizer, origin, max_bad_share=0.2)
+        left = [cut for number, cut in enumerate(good) if number not in (2, 9)]
+        assert [cut.id for cut in labelled] == [cut.id for cut in left]
+        for cut, expected in zip(read_cuts(out / "train.jsonl.gz"), left):
+            assert (load_labels(cut) == load_labels(expected)).mean() > 0.98  # near ties
+        broken, short = (out / "bad-utterances.txt").read_text().splitlines()
+        assert broken.startswith(f"{tmp_path}/broken.flac: cut {cuts[2].id} cannot be read")
+        assert short.startswith(f"cut {cuts[9].id}: 160 samples are shorter than one frame of")
+    assert "2 bad utterances left out, listed in" in caplog.text
+    assert not (tmp_path / "good/bad-utterances.txt").exists()
 
 
 def test_precision_of_the_teacher(feature_cuts, teacher, quantizer, origin, tmp_path, monkeypatch):

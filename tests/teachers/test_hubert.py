@@ -5,6 +5,7 @@ import json
 import h5py
 import pytest
 import torch
+from lhotse import CutSet
 from torch.nn import functional as F
 from transformers import HubertForCTC, Wav2Vec2ForCTC, WavLMForCTC
 
@@ -298,6 +299,21 @@ def test_transcribe_takes_out_repeats_and_blanks(teacher, monkeypatch):
     lengths_B = torch.tensor([len(text) for text in frames])
     monkeypatch.setattr(teacher, "ctc_logits", lambda *args: (logits_BTV, lengths_B))
     assert teacher.transcribe(*waveforms(800, 700, 600)) == ["AABB C", "OOH'", ""]
+
+
+def test_bad_utterances_of_a_sample_are_left_out_and_listed(plain_cuts, teacher, tmp_path):
+    out, cuts = tmp_path / "embeddings.h5", list(plain_cuts)
+    cuts[1] = cuts[1].truncate(duration=0.01, preserve_id=True)
+    cuts = CutSet.from_cuts(cuts)
+    with pytest.raises(RecipeError, match=r"\(1 of 7 utterances are bad, more than .* sample.yaml"):
+        sample_embeddings(cuts, teacher, 2, out, SampleSettings(), CPU)
+    assert list(tmp_path.iterdir()) == []
+    sample_embeddings(cuts, teacher, 2, out, SampleSettings(max_bad_share=0.2), CPU)
+    listed = (tmp_path / "bad-utterances.txt").read_text()
+    assert listed.startswith(f"cut {cuts[1].id}: 160 samples are shorter than one frame of teacher")
+    with open_sample(out) as (train, unseen, _):
+        taken = [*train.utterances, *unseen.utterances]
+    assert sorted(taken) == sorted(cut.id for cut in cuts if cut.id != cuts[1].id)
 
 
 def test_sample_of_embeddings(plain_cuts, teacher, tmp_path):
