@@ -72,7 +72,7 @@ SIZES = {
 }
 # Files; a manifest names each of them several times.
 NUM_FILES = 30
-# Utterances where the settings do not say: about a minute of X-Large on two cores, or a shard.
+# Utterances where the settings do not say: few for a CPU, a shard for a GPU.
 UTTERANCES = {"cpu": 2, "cuda": 500}
 
 
