@@ -187,7 +187,9 @@ def read_inert(path: Path) -> dict[str, Any]:
 def _read_tensor(archive: zipfile.ZipFile, prefix: str, tensor: _Tensor) -> torch.Tensor:
     storage, size, stride = tensor.storage, tuple(tensor.size), tuple(tensor.stride)
     data = bytearray(archive.read(f"{prefix}data/{storage.key}"))
-    if not data:
+    if not data:  # which frombuffer does not take
+        if 0 not in size:
+            raise ValueError(f"the storage of a tensor of {list(size)} is empty")
         return torch.empty(size, dtype=storage.dtype)
     flat = torch.frombuffer(data, dtype=storage.dtype)
     return flat.as_strided(size, stride, tensor.offset)
