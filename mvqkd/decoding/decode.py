@@ -33,6 +33,8 @@ class DecodingSettings:
     )
     # Hypotheses of modified_beam_search.
     beam: int = 4
+    # Tokens that a frame may give, in greedy_search and modified_beam_search.
+    max_sym_per_frame: int = 1
     # Of fast_beam_search: the worst score kept, in nats below the best; contexts and states.
     fast_beam: float = 20.0
     max_contexts: int = 8
@@ -51,7 +53,7 @@ class DecodingSettings:
     def __post_init__(self):
         if self.beam < 1:
             raise RecipeError(f"decoding.beam: {self.beam} is no beam; set it to 1 or more")
-        for name in ("fast_beam", "max_contexts", "max_states"):
+        for name in ("max_sym_per_frame", "fast_beam", "max_contexts", "max_states"):
             if getattr(self, name) <= 0:
                 raise RecipeError(f"decoding.{name}: {getattr(self, name)}; give more than 0")
 
@@ -67,6 +69,8 @@ class DecodingSettings:
         if self.method == "fast_beam_search":
             parts.append(f"beam-{self.fast_beam}-max-contexts-{self.max_contexts}")
             parts.append(f"max-states-{self.max_states}")
+        elif self.max_sym_per_frame > 1:
+            parts.append(f"max-sym-per-frame-{self.max_sym_per_frame}")
         if streaming:
             chunk = f"chunk-{self.chunk_size}-left-{self.left_context}-right-{self.right_context}"
             parts.append(chunk)
@@ -121,8 +125,8 @@ def make_search(model: Transducer, settings: DecodingSettings) -> Search:
     if settings.method == "fast_beam_search":
         return FastBeamSearch(model, settings.fast_beam, settings.max_contexts, settings.max_states)
     if settings.method == "modified_beam_search":
-        return BeamSearch(model, settings.beam)
-    return GreedySearch(model)
+        return BeamSearch(model, settings.beam, settings.max_sym_per_frame)
+    return GreedySearch(model, settings.max_sym_per_frame)
 
 
 def _decode_whole(

@@ -9,9 +9,9 @@ the result is the same::
     hypotheses = search.finish()
 
 Shape suffixes: B utterances, T encoder frames, C encoder channels, J joiner channels, V
-vocabulary (blank included), K hypotheses of a beam, U tokens the predictor looks back at
-(its ``context_size``), S integers that a hypothesis is, A utterances that still have a frame at
-the moment, N rows of whatever is worked on, E those that emit a token.
+vocabulary (blank included), K hypotheses of a beam, R times that beams are extended, U tokens the
+predictor looks back at (its ``context_size``), S integers that a hypothesis is, A utterances that
+still have a frame at the moment, N rows of whatever is worked on, E those that emit a token.
 
 What a model must have (the names are icefall's): ``decoder(y_BU, need_pad=False)`` -> (B, 1,
 decoder channels), ``decoder.blank_id``, ``decoder.context_size``, ``decoder.vocab_size`` (for
@@ -139,11 +139,14 @@ class _Search:
 class GreedySearch(_Search):
     """Take the likeliest symbol at each frame (of the transducer of Graves, arXiv 1211.3711).
 
-    One token a frame at most, as the modified transducer topology of the beam search allows.
-
     Args:
       model: the transducer, in evaluation mode.
+      max_sym_per_frame: tokens that a frame may give; see `BeamSearch`.
     """
+
+    def __init__(self, model: nn.Module, max_sym_per_frame: int = 1):
+        super().__init__(model)
+        self.max_sym_per_frame = max_sym_per_frame
 
     def _start(self, encoder_out_BTC: Tensor) -> None:
         B, device = encoder_out_BTC.size(0), encoder_out_BTC.device
@@ -155,21 +158,28 @@ class GreedySearch(_Search):
     def _advance(self, encoder_TBJ: Tensor, active_T: list[int], order_B: Tensor) -> None:
         context_BU, predictor_BJ = self.context_BU[order_B], self.predictor_BJ[order_B]
         log_prob_B = self.log_prob_B[order_B]
-        blanks_B = torch.full_like(context_BU[:, 0], self.blank)
+        everyone_B = torch.arange(len(order_B), device=order_B.device)
         symbols, frames = [], []
         for t, A in enumerate(active_T):
-            log_probs_AV = self._log_probs(encoder_TBJ[t, :A], predictor_BJ[:A])
-            best_A, symbol_A = log_probs_AV.max(dim=-1)
-            log_prob_B[:A] += best_A
-            rows = (symbol_A != self.blank).nonzero()[:, 0]
-            if rows.numel() == 0:
-                continue
-            last_symbols = symbol_A.index_select(0, rows)[:, None]
-            shifted = torch.cat([context_BU.index_select(0, rows)[:, 1:], last_symbols], dim=1)
-            context_BU.index_copy_(0, rows, shifted)
-            predictor_BJ.index_copy_(0, rows, self._predict(shifted))
-            symbols.append(torch.cat([symbol_A, blanks_B[A:]]))
-            frames.append(t)
+            row_N = everyone_B[:A]
+            for _ in range(self.max_sym_per_frame):
+                log_probs_NV = self._log_probs(
+                    encoder_TBJ[t].index_select(0, row_N), predictor_BJ.index_select(0, row_N)
+                )
+                best_N, symbol_N = log_probs_NV.max(dim=-1)
+                log_prob_B.index_add_(0, row_N, best_N)
+                place_E = (symbol_N != self.blank).nonzero()[:, 0]
+                if place_E.numel() == 0:
+                    break
+                row_N, symbol_N = row_N[place_E], symbol_N[place_E]
+                shifted_NU = torch.cat(
+                    [context_BU.index_select(0, row_N)[:, 1:], symbol_N[:, None]], dim=1
+                )
+                context_BU.index_copy_(0, row_N, shifted_NU)
+                predictor_BJ.index_copy_(0, row_N, self._predict(shifted_NU))
+                blanks_B = torch.full_like(context_BU[:, 0], self.blank)
+                symbols.append(blanks_B.index_copy_(0, row_N, symbol_N))
+                frames.append(t)
 
         inverse_B = order_B.argsort()
         self.context_BU, self.predictor_BJ = context_BU[inverse_B], predictor_BJ[inverse_B]
@@ -193,25 +203,32 @@ class GreedySearch(_Search):
 
 
 class BeamSearch(_Search):
-    """Modified beam search: at most one token a frame, equal token sequences merged.
+    """Modified beam search: few tokens a frame, equal token sequences merged.
 
     At each frame the ``beam`` best of all extensions of all hypotheses (blank, or one token) are
     kept; those with the same tokens become one, with their probabilities added. At the end the
     hypothesis with the best log probability per symbol wins, where the blanks that the predictor
-    starts from are counted as symbols. This is icefall's ``modified_beam_search``; the topology
-    is the monotonic transducer's (Tripathi et al., "Monotonic recurrent neural network
-    transducer and decoding strategies", ASRU 2019).
+    starts from are counted as symbols. With one token a frame this is icefall's
+    ``modified_beam_search``; the topology is the monotonic transducer's (Tripathi et al.,
+    "Monotonic recurrent neural network transducer and decoding strategies", ASRU 2019).
+
+    With more, a hypothesis that has taken a token stays at the frame until it takes blank or has
+    taken ``max_sym_per_frame``, as in the topology that the transducer is trained with (Graves,
+    arXiv 1211.3711). Such a transducer may have learned to give the rest of a word in one frame,
+    which one token a frame would drop.
 
     Args:
       model: the transducer, in evaluation mode.
       beam: hypotheses kept per stream.
+      max_sym_per_frame: tokens that a frame may give a hypothesis.
     """
 
-    def __init__(self, model: nn.Module, beam: int = 4):
+    def __init__(self, model: nn.Module, beam: int = 4, max_sym_per_frame: int = 1):
         super().__init__(model)
         if beam < 1:
             raise ValueError(f"beam is {beam}; it must be 1 or more")
         self.beam = beam
+        self.max_sym_per_frame = max_sym_per_frame
 
     def _start(self, encoder_out_BTC: Tensor) -> None:
         B, K, U = encoder_out_BTC.size(0), self.beam, self.context_size
@@ -231,9 +248,10 @@ class BeamSearch(_Search):
         self.hash_value_V: Tensor | None = None
         self.first_row_B1 = torch.arange(0, B * K, K, device=device)[:, None]
         self.earlier_KK = torch.ones(K, K, dtype=torch.bool, device=device).tril(-1)
-        # Per chunk: frames seen before it (B), and for each of its frames which place of the
-        # beam a hypothesis came from and the token that it added, blank for none (T, B, K).
-        self.history: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        # Per chunk: frames seen before it (B), and for each time that the beams were extended the
+        # frame (R), which place of the beam a hypothesis came from and the token that it added,
+        # blank for none (R, B, K).
+        self.history: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
 
     def _values(self, V: int, device: torch.device) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -242,46 +260,80 @@ class BeamSearch(_Search):
 
     def _advance(self, encoder_TBJ: Tensor, active_T: list[int], order_B: Tensor) -> None:
         K = self.beam
-        T, B, _ = encoder_TBJ.shape
-        device = encoder_TBJ.device
+        B, device = encoder_TBJ.shape[1], encoder_TBJ.device
         state_BKS, predictor_BKJ = self.state_BKS[order_B], self.predictor_BKJ[order_B]
         log_prob_BK = self.log_prob_BK[order_B]
-        source_TBK = torch.arange(K, device=device).repeat(T, B, 1)
-        token_TBK = torch.full((T, B, K), self.blank, device=device)
+        frames: list[int] = []
+        sources_RBK, tokens_RBK = [], []
 
         # The state of active streams is copied once a run.
         for first, end, A in _runs(active_T):
             beams = (log_prob_BK[:A], state_BKS[:A], predictor_BKJ[:A])
-            sources, tokens = [], []
+            run = []
             for t in range(first, end):
-                beams, source_AK, token_AK = self._frame(encoder_TBJ[t, :A], *beams)
-                sources.append(source_AK)
-                tokens.append(token_AK)
+                beams, steps = self._frame(encoder_TBJ[t, :A], beams)
+                run += steps
+                frames += [t] * len(steps)
             log_prob_BK[:A], state_BKS[:A], predictor_BKJ[:A] = beams
-            source_TBK[first:end, :A] = torch.stack(sources)
-            token_TBK[first:end, :A] = torch.stack(tokens)
+            source_RBK = torch.arange(K, device=device).repeat(len(run), B, 1)
+            token_RBK = torch.full_like(source_RBK, self.blank)
+            source_RBK[:, :A] = torch.stack([source_AK for source_AK, _ in run])
+            token_RBK[:, :A] = torch.stack([token_AK for _, token_AK in run])
+            sources_RBK.append(source_RBK)
+            tokens_RBK.append(token_RBK)
 
         inverse_B = order_B.argsort()
         self.state_BKS, self.predictor_BKJ = state_BKS[inverse_B], predictor_BKJ[inverse_B]
         self.log_prob_BK = log_prob_BK[inverse_B]
-        source_TBK, token_TBK = source_TBK[:, inverse_B], token_TBK[:, inverse_B]
-        self.history.append(
-            (self.frames_seen_B.numpy(), source_TBK.cpu().numpy(), token_TBK.cpu().numpy())
+        source_RBK, token_RBK = (
+            torch.cat(parts)[:, inverse_B].cpu().numpy() for parts in (sources_RBK, tokens_RBK)
         )
+        self.history.append((self.frames_seen_B.numpy(), np.array(frames), source_RBK, token_RBK))
 
     def _frame(
-        self, encoder_AJ: Tensor, log_prob_AK: Tensor, state_AKS: Tensor, predictor_AKJ: Tensor
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+        self, encoder_AJ: Tensor, beams: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], list[tuple[Tensor, Tensor]]]:
         """One frame of A streams.
 
-        Returns the beams after it (log probabilities, states, predictor outputs), the place that
-        each hypothesis came from, and the token that it added.
+        Returns the beams after it (log probabilities, states, predictor outputs), and for each
+        time that they were extended the place that each hypothesis came from, and the token that
+        it added.
+        """
+        steps: list[tuple[Tensor, Tensor]] = []
+        grown, stays_AK = False, None
+        for _ in range(self.max_sym_per_frame):
+            beams, source_AK, token_AK, grows = self._extend(encoder_AJ, *beams, stays_AK)
+            steps.append((source_AK, token_AK))
+            if not grows:
+                break
+            grown, stays_AK = True, token_AK != self.blank
+        # Without any that has grown, no two can have become the same.
+        if grown:
+            log_prob_AK, state_AKS, predictor_AKJ = beams
+            beams = (self._merged(log_prob_AK, state_AKS), state_AKS, predictor_AKJ)
+        return beams, steps
+
+    def _extend(
+        self,
+        encoder_AJ: Tensor,
+        log_prob_AK: Tensor,
+        state_AKS: Tensor,
+        predictor_AKJ: Tensor,
+        stays_AK: Tensor | None,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor, bool]:
+        """Extend by one symbol the hypotheses that are at the frame (``stays_AK``; None: all).
+
+        Returns the beams, the places they came from, the tokens, and whether any is no blank.
         """
         A, K, U = *log_prob_AK.shape, self.context_size
         log_probs_AKV = self._log_probs(encoder_AJ[:, None], predictor_AKJ)
         V = log_probs_AKV.size(-1)
         if self.hash_value_V is None:
             self.hash_value_V = self._values(V, log_probs_AKV.device)
+        if stays_AK is not None:
+            # The others have had their blank.
+            log_probs_AKV.masked_fill_(~stays_AK[:, :, None], float("-inf"))
+            log_probs_AKV[:, :, self.blank].masked_fill_(~stays_AK, 0.0)
         log_probs_AKV += log_prob_AK[:, :, None]
         log_prob_AK, index_AK = log_probs_AKV.view(A, K * V).topk(K, dim=-1)
         source_AK = index_AK // V
@@ -290,23 +342,22 @@ class BeamSearch(_Search):
         state_NS = state_AKS.reshape(A * K, -1).index_select(0, row_N)
         predictor_NJ = predictor_AKJ.reshape(A * K, -1).index_select(0, row_N)
 
-        # E: places whose hypothesis has grown. Without any, no two can have become the same.
+        # E: places whose hypothesis has grown.
         row_E = (token_AK.view(-1) != self.blank).nonzero()[:, 0]
         if row_E.numel() > 0:
-            log_prob_AK = self._grow(row_E, token_AK, log_prob_AK, state_NS, predictor_NJ)
+            self._grow(row_E, token_AK, state_NS, predictor_NJ)
         beams = (log_prob_AK, state_NS.view(A, K, U + 2), predictor_NJ.view(A, K, -1))
-        return beams, source_AK, token_AK
+        return beams, source_AK, token_AK, row_E.numel() > 0
 
     def _grow(
         self,
         row_E: Tensor,
         token_AK: Tensor,
-        log_prob_AK: Tensor,
         state_NS: Tensor,
         predictor_NJ: Tensor,
-    ) -> Tensor:
-        """Append the new tokens, in place; returns the log probabilities with copies merged."""
-        (A, K), U = token_AK.shape, self.context_size
+    ) -> None:
+        """Append the new tokens, in place."""
+        U = self.context_size
         # index_select and index_copy_ rather than brackets: half the time at these sizes.
         token_E = token_AK.view(-1).index_select(0, row_E)
         grown_ES = state_NS.index_select(0, row_E)
@@ -318,7 +369,9 @@ class BeamSearch(_Search):
         state_NS.index_copy_(0, row_E, grown_ES)
         predictor_NJ.index_copy_(0, row_E, self._predict(grown_ES[:, :U]))
 
-        hash_AK = state_NS[:, U].view(A, K)
+    def _merged(self, log_prob_AK: Tensor, state_AKS: Tensor) -> Tensor:
+        """The log probabilities with those of equal token sequences added up."""
+        hash_AK = state_AKS[:, :, self.context_size]
         same_AKK = hash_AK[:, :, None] == hash_AK[:, None, :]
         repeats_AKK = same_AKK & self.earlier_KK
         # The test costs less than the merge, which few frames need.
@@ -340,15 +393,15 @@ class BeamSearch(_Search):
         # numpy: the same small look-ups cost torch several times as much.
         place_B, streams_B = place_B.cpu().numpy(), np.arange(self.batch_size)
         hypotheses = [Hypothesis(log_prob=log_prob) for log_prob in log_probs]
-        for frames_seen_B, source_TBK, token_TBK in reversed(self.history):
-            token_TB = np.empty(token_TBK.shape[:2], dtype=np.int64)
-            for t in range(len(token_TBK) - 1, -1, -1):
-                token_TB[t] = token_TBK[t, streams_B, place_B]
-                place_B = source_TBK[t, streams_B, place_B]
-            t_E, b_E = (token_TB[::-1] != self.blank).nonzero()
-            t_E = len(token_TB) - 1 - t_E
-            frames_E = frames_seen_B[b_E] + t_E
-            for b, token, frame in zip(*_lists(b_E, token_TB[t_E, b_E], frames_E)):
+        for frames_seen_B, frame_R, source_RBK, token_RBK in reversed(self.history):
+            token_RB = np.empty(token_RBK.shape[:2], dtype=np.int64)
+            for r in range(len(token_RBK) - 1, -1, -1):
+                token_RB[r] = token_RBK[r, streams_B, place_B]
+                place_B = source_RBK[r, streams_B, place_B]
+            r_E, b_E = (token_RB[::-1] != self.blank).nonzero()
+            r_E = len(token_RB) - 1 - r_E
+            frames_E = frames_seen_B[b_E] + frame_R[r_E]
+            for b, token, frame in zip(*_lists(b_E, token_RB[r_E, b_E], frames_E)):
                 hypotheses[b].tokens.append(token)
                 hypotheses[b].frames.append(frame)
         for hypothesis in hypotheses:

@@ -9,8 +9,6 @@ import torch
 from mvqkd.decoding.search import (
     BeamSearch,
     GreedySearch,
-    greedy_search_batch,
-    modified_beam_search,
 )
 from mvqkd.students.transducer import BLANK
 from tests.decoding.random_transducer import CONTEXT, ENCODER_DIM, random_transducer
@@ -34,30 +32,39 @@ def log_probs(model, frame_C, tokens):
     return logits[0].log_softmax(-1).tolist()
 
 
-def reference_greedy(model, frames_TC):
+def reference_greedy(model, frames_TC, max_sym_per_frame=1):
     tokens, places, score = [], [], 0.0
     for t, frame_C in enumerate(frames_TC):
-        scores = log_probs(model, frame_C, tokens)
-        symbol = max(range(len(scores)), key=scores.__getitem__)
-        score += scores[symbol]
-        if symbol != BLANK:
+        for _ in range(max_sym_per_frame):
+            scores = log_probs(model, frame_C, tokens)
+            symbol = max(range(len(scores)), key=scores.__getitem__)
+            score += scores[symbol]
+            if symbol == BLANK:
+                break
             tokens.append(symbol)
             places.append(t)
     return tokens, places, score
 
 
-def reference_beam(model, frames_TC, beam):
+def reference_beam(model, frames_TC, beam, max_sym_per_frame=1):
     hyps = {(): (0.0, ())}
     for t, frame_C in enumerate(frames_TC):
-        extended = []
-        for tokens, (score, places) in hyps.items():
-            for symbol, log_prob in enumerate(log_probs(model, frame_C, tokens)):
-                if symbol == BLANK:
-                    extended.append((score + log_prob, tokens, places))
-                else:
-                    extended.append((score + log_prob, (*tokens, symbol), (*places, t)))
+        # Those that are at the frame still, and those that have had their blank.
+        here, gone = [(score, tokens, places) for tokens, (score, places) in hyps.items()], []
+        for _ in range(max_sym_per_frame):
+            extended = [(*hypothesis, False) for hypothesis in gone]
+            for score, tokens, places in here:
+                for symbol, log_prob in enumerate(log_probs(model, frame_C, tokens)):
+                    if symbol == BLANK:
+                        extended.append((score + log_prob, tokens, places, False))
+                    else:
+                        grown = (*tokens, symbol), (*places, t)
+                        extended.append((score + log_prob, *grown, True))
+            kept = sorted(extended, key=lambda e: -e[0])[:beam]
+            here = [(*hypothesis,) for *hypothesis, stays in kept if stays]
+            gone = [(*hypothesis,) for *hypothesis, stays in kept if not stays]
         hyps = {}
-        for score, tokens, places in sorted(extended, key=lambda e: -e[0])[:beam]:
+        for score, tokens, places in sorted(here + gone, key=lambda e: -e[0]):
             if tokens in hyps:
                 first, first_places = hyps[tokens]
                 hyps[tokens] = (math.log(math.exp(first) + math.exp(score)), first_places)
@@ -74,35 +81,50 @@ def check(hypotheses, expected):
     assert [h.log_prob for h in hypotheses] == pytest.approx([e[2] for e in expected], abs=1e-4)
 
 
+@pytest.mark.parametrize("max_sym_per_frame", [1, 3])
 @pytest.mark.parametrize("seed", range(4))
-def test_greedy_equals_plain_python(seed):
+def test_greedy_equals_plain_python(seed, max_sym_per_frame):
     model, encoder_out_BTC, lens_B = make(seed=seed, blank_logit=0.0)
-    hypotheses = greedy_search_batch(model, encoder_out_BTC, lens_B)
-    expected = [reference_greedy(model, x[:n]) for x, n in zip(encoder_out_BTC, lens_B)]
+    search = GreedySearch(model, max_sym_per_frame)
+    search.step(encoder_out_BTC, lens_B)
+    hypotheses = search.finish()
+    expected = [
+        reference_greedy(model, x[:n], max_sym_per_frame) for x, n in zip(encoder_out_BTC, lens_B)
+    ]
     assert sum(len(e[0]) for e in expected) > 10
+    repeated = any(len(set(places)) < len(places) for _, places, _ in expected)
+    assert repeated == (max_sym_per_frame > 1)
     check(hypotheses, expected)
 
 
+@pytest.mark.parametrize("max_sym_per_frame", [1, 2, 4])
 @pytest.mark.parametrize("beam", [1, 4, 9])
 @pytest.mark.parametrize("seed", range(4))
-def test_beam_equals_plain_python(seed, beam):
+def test_beam_equals_plain_python(seed, beam, max_sym_per_frame):
     model, encoder_out_BTC, lens_B = make(seed=seed, sharpness=3.0)
-    hypotheses = modified_beam_search(model, encoder_out_BTC, lens_B, beam)
-    expected = [reference_beam(model, x[:n], beam) for x, n in zip(encoder_out_BTC, lens_B)]
+    search = BeamSearch(model, beam, max_sym_per_frame)
+    search.step(encoder_out_BTC, lens_B)
+    hypotheses = search.finish()
+    expected = [
+        reference_beam(model, x[:n], beam, max_sym_per_frame)
+        for x, n in zip(encoder_out_BTC, lens_B)
+    ]
     assert sum(len(e[0]) for e in expected) > 4
     check(hypotheses, expected)
 
 
+@pytest.mark.parametrize("max_sym_per_frame", [1, 3])
 @pytest.mark.parametrize("context_size", [1, 3])
 @pytest.mark.parametrize("chunk", [5, 25])
-def test_contexts_of_other_sizes_equal_plain_python(context_size, chunk):
+def test_contexts_of_other_sizes_equal_plain_python(context_size, chunk, max_sym_per_frame):
     """In chunks, with utterances that end within them, and a beam that is wider than V."""
+    most = max_sym_per_frame
     model, encoder_out_BTC, lens_B = make(seed=9, sharpness=3.0, context_size=context_size)
     expected = [
-        (reference_greedy(model, x[:n]), reference_beam(model, x[:n], 8))
+        (reference_greedy(model, x[:n], most), reference_beam(model, x[:n], 8, most))
         for x, n in zip(encoder_out_BTC, lens_B)
     ]
-    for kind, search in enumerate((GreedySearch(model), BeamSearch(model, 8))):
+    for kind, search in enumerate((GreedySearch(model, most), BeamSearch(model, 8, most))):
         for start in range(0, encoder_out_BTC.size(1), chunk):
             part_BTC = encoder_out_BTC[:, start : start + chunk]
             search.step(part_BTC, (lens_B - start).clamp(0, part_BTC.size(1)))
