@@ -326,17 +326,23 @@ train_student() {
 # other with all threads.
 train_students() {
     local student cores running=0
-    if [[ $dry_run == true || ${#trainer[@]} -gt 1 || $device == cuda ||
-        ($device == auto && (-e /dev/nvidiactl || -e /dev/dxg || -e /dev/kfd)) ]]; then
-        num_jobs=1
+    at_once=$num_jobs
+    if [[ ${#trainer[@]} -gt 1 ]] || takes_gpu; then
+        at_once=1
     elif [[ -z ${OMP_NUM_THREADS:-} ]]; then
         cores=$(nproc)
-        local -x OMP_NUM_THREADS=$((cores > num_jobs ? cores / num_jobs : 1))
+        local -x OMP_NUM_THREADS=$((cores > at_once ? cores / at_once : 1))
+    fi
+    if [[ $dry_run == true ]]; then
+        for student in "${student_names[@]}"; do
+            train_student "$student"
+        done
+        return
     fi
     # One that fails ends the others, which leave their checkpoints.
     trap 'kill $(jobs -p) 2>/dev/null || true; wait || true' EXIT
     for student in "${student_names[@]}"; do
-        if ((running >= num_jobs)); then
+        if ((running >= at_once)); then
             wait -n
             running=$((running - 1))
         fi

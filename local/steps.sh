@@ -96,6 +96,12 @@ _step_hash() {
     [[ ${PIPESTATUS[0]} -eq 0 ]]
 }
 
+# takes_gpu: whether the steps that take a device ($device) take a GPU.
+takes_gpu() {
+    [[ ${device:-cpu} == cuda ]] ||
+        [[ ${device:-cpu} == auto && (-e /dev/nvidiactl || -e /dev/dxg || -e /dev/kfd) ]]
+}
+
 # attended COMMAND...: run it, and end it when this shell ends. In the background, because bash
 # acts on a signal only when a command in the foreground has ended.
 attended() {
@@ -154,8 +160,10 @@ begin_plan() {
 
 show_plan() {
     $own_plan || return 0
+    local gpu=false
+    ! takes_gpu || gpu=true
     # shellcheck disable=SC2046
-    python3 local/dry_run.py $(conf costs) --plan "$mvqkd_plan"
+    python3 local/dry_run.py $(conf costs) --plan "$mvqkd_plan" --num_jobs "${at_once:-1}" --gpu "$gpu"
     rm "$mvqkd_plan"
 }
 
