@@ -43,6 +43,16 @@ conf() {
     done
 }
 
+# recipe_file NAME: the most particular file of that name, of the scale, the corpus and its size.
+recipe_file() {
+    local file found=''
+    for file in "conf/$1" "conf/${scale:-none}/$1" "egs/$corpus/conf/$1" \
+        "egs/$corpus/conf/${size:-none}/$1"; do
+        [[ ! -f $file ]] || found=$file
+    done
+    echo "$found"
+}
+
 # check_confs WHOSE NAME...: that each name has a file, before anything is run.
 check_confs() {
     local whose=$1 file
