@@ -12,18 +12,17 @@ torch's allocator.
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Literal
 
 import torch
 from transformers import HubertConfig, HubertForCTC
 
+from benchmarks.processes import alternating, peak_bytes, resident_bytes
 from mvqkd import cli
 from mvqkd.data.datamodule import SpecAugmentSettings, StudentBatch
 from mvqkd.data.labels import FIELD, CodebookIndexes, LabelKind, Origin
@@ -210,13 +209,8 @@ def make_task(row: str, size: Size, device: torch.device) -> tuple[StudentTask, 
     return task, batch
 
 
-def resident_bytes() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-
-
-def measure(row: str, settings: Settings, report: Callable) -> None:
-    """Send (seconds of a step, bytes at the peak)."""
+def measure(row: str, settings: Settings) -> tuple[float, int]:
+    """(seconds of a step, bytes at the peak)."""
     device = pick_device(settings.device)
     on_gpu = device.type == "cuda"
     before = resident_bytes()
@@ -235,11 +229,8 @@ def measure(row: str, settings: Settings, report: Callable) -> None:
         if on_gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    if on_gpu:
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    report((statistics.median(seconds[1:]), peak))
+    peak = peak_bytes(device) - (0 if on_gpu else before)
+    return statistics.median(seconds[1:]), peak
 
 
 def main(settings: Settings) -> None:
@@ -247,20 +238,8 @@ def main(settings: Settings) -> None:
     for row in rows:
         if row not in ROWS:
             raise RecipeError(f"--rows {row}: not known; it has: {', '.join(ROWS)}")
-    # Forked, a process need not import torch again; this one never touches the GPU.
-    context = multiprocessing.get_context("fork")
-    found: dict[str, list[tuple[float, int]]] = {row: [] for row in rows}
-    for _ in range(settings.rounds):
-        for row in rows:
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=measure, args=(row, settings, sender.send))
-            process.start()
-            sender.close()
-            try:
-                found[row].append(receiver.recv())
-            except EOFError:
-                raise RecipeError(f"{row}: its process ended early; see above") from None
-            process.join()
+    jobs = {row: partial(measure, row, settings) for row in rows}
+    found = alternating(jobs, settings.rounds)
     num_utterances, seconds, _ = SIZES[settings.size].batch
     print(
         f"{settings.size}: {num_utterances} utterances of {seconds:g} s, {settings.precision}, "

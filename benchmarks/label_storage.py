@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from lhotse import CutSet, MonoCut, NumpyHdf5Writer, Recording, SupervisionSegment
 from lhotse.audio import AudioSource
+from lhotse.cut import Cut
 from lhotse.features import Features
 
 from mvqkd import cli
@@ -67,16 +68,19 @@ class FrameClock:
 class RandomDumper(Dumper):
     """Gives each cut random values."""
 
-    def _labels(self, cuts: CutSet) -> dict[str, list[np.ndarray]]:
+    def _load(self, cuts: list[Cut]) -> tuple[list[Cut], list[Cut], dict[str, str]]:
+        return cuts, cuts, {}
+
+    def _compute(self, cuts: list[Cut]) -> dict[str, tuple[torch.Tensor, list[int]]]:
         rng, labels = np.random.default_rng(len(cuts)), {}
         for kind in self.kinds:
-            shapes = [(kind.teacher.num_frames(cut.num_samples), kind.columns) for cut in cuts]
+            frames = [kind.teacher.num_frames(cut.num_samples) for cut in cuts]
+            shape = (sum(frames), kind.columns)
             if kind.dtype == np.uint8:
-                labels[kind.field] = [rng.integers(0, 256, s, np.uint8) for s in shapes]
+                array_FX = rng.integers(0, 256, shape, np.uint8)
             else:
-                labels[kind.field] = [
-                    rng.standard_normal(s, np.float32).astype(kind.dtype) for s in shapes
-                ]
+                array_FX = rng.standard_normal(shape, np.float32).astype(kind.dtype)
+            labels[kind.field] = torch.from_numpy(array_FX), frames
         return labels
 
 
@@ -150,9 +154,9 @@ def bytes_by_lhotse(cuts: CutSet, labelled_kind) -> int:
         labelled = []
         with NumpyHdf5Writer(folder / "labels.h5") as writer:
             for cut in cuts:
-                (array,) = dumper._labels(CutSet.from_cuts([cut]))[labelled_kind.field]
+                array_TX, _ = dumper._compute([cut])[labelled_kind.field]
                 stored = writer.store_array(
-                    cut.id, array, frame_shift=0.02, temporal_dim=0, start=cut.start
+                    cut.id, array_TX.numpy(), frame_shift=0.02, temporal_dim=0, start=cut.start
                 )
                 labelled.append(cut.with_id(cut.id))
                 labelled[-1].custom = {labelled_kind.field: stored}

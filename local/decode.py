@@ -1,4 +1,10 @@
-"""Decode the test sets with one student, and write icefall's result files."""
+"""Decode the test sets with one student, and write icefall's result files.
+
+    python3 local/decode.py --checkpoint epoch-30.pt --tokens_dir data/lang_bpe_500 \
+        --exp_dir FOLDER --test_manifests '[FILE]'
+
+is for a student that icefall has trained; FOLDER is for the results.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +21,21 @@ from mvqkd.decoding.decode import DecodingSettings, check_vocabulary, decode, lo
 from mvqkd.decoding.scoring import save_results
 from mvqkd.device import pick_device
 from mvqkd.files import written_aside
+from mvqkd.students.icefall import load_icefall
 
 
 @dataclass
 class Settings:
     """The decoding conf, and where things are."""
 
+    # The student's, where the results go too.
     exp_dir: Path
     test_manifests: list[Path]
     tokens_dir: Path
+    # Another student: icefall's pretrained.pt or epoch-N.pt. tokens_dir is its lang_bpe_500.
+    checkpoint: Path | None = None
+    # Whether that one is a streaming student, where the file does not say.
+    causal: bool | None = None
     device: str = "auto"
     decoding: DecodingSettings = field(default_factory=DecodingSettings)
 
@@ -31,7 +43,11 @@ class Settings:
 def main(settings: Settings) -> None:
     device = pick_device(settings.device)
     tokens = load_tokens(settings.tokens_dir)
-    model, epoch = load_student(settings.exp_dir, settings.decoding)
+    epoch: int | str
+    if settings.checkpoint is None:
+        model, epoch = load_student(settings.exp_dir, settings.decoding)
+    else:
+        model, epoch = load_icefall(settings.checkpoint, settings.decoding.avg, settings.causal)
     check_vocabulary(model, tokens, settings.tokens_dir)
     streaming = model.encoder.settings.causal
     name = settings.decoding.name(epoch, streaming)

@@ -71,6 +71,10 @@ def pretrain(settings: Settings, device: torch.device) -> None:
         device,
     )
     by_id = {cut.id: cut for cut in labelled}
+
+    def with_units(cuts: CutSet) -> CutSet:
+        return CutSet.from_cuts(by_id[cut.id] for cut in cuts if cut.id in by_id)
+
     units_teacher.cpu()  # its weights need no room beside the model's
     teacher = new_hubert(settings.hubert, seed)
     teacher.vocabulary = None
@@ -78,8 +82,8 @@ def pretrain(settings: Settings, device: torch.device) -> None:
         teacher,
         settings.unit_labels.kmeans.num_units,
         units_teacher,
-        CutSet.from_cuts(by_id[cut.id] for cut in train_cuts),
-        {name: CutSet.from_cuts(by_id[cut.id] for cut in part) for name, part in dev.items()},
+        with_units(train_cuts),
+        {name: with_units(part) for name, part in dev.items()},
         settings.prediction,
         settings.max_duration,
         seed,

@@ -48,12 +48,12 @@ def main(settings: Settings) -> None:
         diagnostics = diagnose(
             quantizer, unseen.frames, mean_D, name=unseen.name, describe=unseen.describe
         )
-    check_diagnostics(diagnostics)
     logging.info(f"RRL on unseen frames by rounds of refinement: {diagnostics['rrl']}")
     plot_diagnostics(diagnostics, settings.out_dir / "diagnostics.png")
     diagnostics |= {"seed": settings.quantizer.seed, "device": describe_device(device)}
     with written_aside(settings.out_dir / "diagnostics.json") as aside:
         aside.write_text(json.dumps(diagnostics, indent=1) + "\n")
+    check_diagnostics(diagnostics)  # what is wrong can be seen in the files by now
     meta |= {"mean": mean_D, "std": std_D}
     save_quantizer(settings.out_dir / "quantizer.pt", quantizer, meta)
 

@@ -27,6 +27,9 @@ from mvqkd.students.task import StudentTask
 from mvqkd.students.transducer import TransducerSettings, build_transducer
 from mvqkd.training.loop import TrainingSettings, train
 
+# Training batches that are made ready beside a GPU, where the conf does not say.
+PREFETCH_ON_GPU = 4
+
 
 @dataclass
 class Settings:
@@ -99,6 +102,8 @@ def check_untranscribed(cuts: CutSet) -> None:
 def main(settings: Settings) -> None:
     log_beside(settings.exp_dir)
     device = pick_device(settings.device)
+    if settings.data.prefetch is None:
+        settings.data.prefetch = PREFETCH_ON_GPU if device.type == "cuda" else 0
     tokens = load_tokens(settings.tokens_dir)
     train_cuts = read_cuts(settings.train_manifest)
     if settings.transcribed_share != 1:

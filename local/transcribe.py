@@ -1,6 +1,7 @@
 """Print the words of audio files with their times, by a trained student.
 
     python3 local/transcribe.py --exp_dir exp/NAME/STUDENT --tokens_dir data/NAME/tokens FILE...
+    python3 local/transcribe.py --checkpoint pretrained.pt --tokens_dir data/lang_bpe_500 FILE...
 
 What is wrong with a file is said in a line on stderr, and the others are still transcribed; the
 exit status is then 1.
@@ -23,6 +24,7 @@ from mvqkd.decoding.transcribe import FORMATS, SegmentSettings, transcribe
 from mvqkd.device import pick_device
 from mvqkd.errors import RecipeError
 from mvqkd.files import read_json
+from mvqkd.students.icefall import load_icefall
 
 # Every key of decoding; None: as stage 7 decoded the student.
 DecodingChanges = make_dataclass(
@@ -37,8 +39,12 @@ class Settings:
 
     # Audio files that soundfile reads, of any sampling rate and length.
     files: list[Path] = field(metadata={"positional": True})
-    exp_dir: Path = field(kw_only=True)
     tokens_dir: Path = field(kw_only=True)
+    # Either a student of this recipe, or icefall's pretrained.pt or epoch-N.pt.
+    exp_dir: Path | None = None
+    checkpoint: Path | None = None
+    # Whether that one is a streaming student, where the file does not say.
+    causal: bool | None = None
     # Words under the file's text, CTM, or a JSON document a line.
     format: Literal["text", "ctm", "json"] = "text"
     device: str = "auto"
@@ -64,11 +70,18 @@ def main(settings: Settings) -> None:
     device = pick_device(settings.device)
     tokens = load_tokens(settings.tokens_dir)
     changes = {key: value for key, value in vars(settings.decoding).items() if value is not None}
-    decoding = replace(decoding_of(settings.exp_dir), **changes)
-    model, _ = load_student(settings.exp_dir, decoding)
+    student: dict = {}
+    if settings.checkpoint is not None:
+        decoding = DecodingSettings(**changes)
+        model, _ = load_icefall(settings.checkpoint, decoding.avg, settings.causal)
+    elif settings.exp_dir is not None:
+        decoding = replace(decoding_of(settings.exp_dir), **changes)
+        model, _ = load_student(settings.exp_dir, decoding)
+        student = read_json(settings.exp_dir / "settings.json", "run stage 6")
+    else:
+        raise RecipeError("--exp_dir: not given; name a student's folder, or a --checkpoint")
     check_vocabulary(model, tokens, settings.tokens_dir)
     model.to(device)
-    student = read_json(settings.exp_dir / "settings.json", "run stage 6")
     num_bins = model.encoder.settings.num_features
     # As its features were computed.
     extractor = make_extractor(FeatureSettings(student.get("extractor", "fbank"), num_bins))

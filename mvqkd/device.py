@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from typing import Literal
 
 import torch
 
@@ -44,6 +45,19 @@ def has_bf16(device: torch.device) -> bool:
     # Absent from older versions of torch, which then go the safe way.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+Precision = Literal["auto", "float32", "bf16"]
+
+
+def matrix_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """What a teacher's matrices are multiplied in.
+
+    ``auto`` is bfloat16 on a CUDA device that has it, and float32 on every CPU: which kind of CPU
+    a teacher ran on should not show in its labels.
+    """
+    on_gpu = precision == "auto" and device.type == "cuda" and has_bf16(device)
+    return torch.bfloat16 if on_gpu or precision == "bf16" else torch.float32
 
 
 def describe_device(device: torch.device) -> str:

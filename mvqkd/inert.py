@@ -14,7 +14,7 @@ import io
 import pickle
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+DTYPES = {str(dtype).removeprefix("torch.") for dtype in STORAGES.values()}
 # Objects with attributes. omegaconf's containers are resolved afterwards, the others not used.
 OBJECTS = {
     ("fairseq.data.dictionary", "Dictionary"),
@@ -49,8 +50,15 @@ TYPES = {
     *(("__builtin__", kind) for kind in ("bool", "dict", "float", "int", "list", "long", "str")),
     *(("builtins", kind) for kind in ("bool", "dict", "float", "int", "list", "str")),
 }
-TABLES = {("collections", "OrderedDict"), ("collections", "defaultdict")}
-PATHS = {("pathlib", kind) for kind in ("PosixPath", "PurePosixPath", "WindowsPath", "Path")}
+TABLES = {
+    *(("collections", kind) for kind in ("Counter", "OrderedDict", "defaultdict")),
+    ("icefall.utils", "AttributeDict"),
+}
+PATHS = {
+    (module, kind)
+    for module in ("pathlib", "pathlib._local")  # the second since Python 3.13
+    for kind in ("PosixPath", "PurePosixPath", "WindowsPath", "Path")
+}
 
 
 class _RefusedError(Exception):
@@ -65,6 +73,10 @@ class _Object:
 
     def __init__(self, *args: Any) -> None:
         pass
+
+
+class _Text(str):
+    """What stands for a kind of string."""
 
 
 class _Table(dict):
@@ -112,9 +124,17 @@ class _Reader(pickle.Unpickler):
         if key in TABLES:
             return type(name, (_Table,), {})
         if key in PATHS:
-            return lambda *parts: "/".join(map(str, parts))
+            return lambda *parts: str(PurePosixPath(*map(str, parts)))
+        if key == ("torch.torch_version", "TorchVersion"):
+            return type(name, (_Text,), {})
+        if key == ("torch", "device"):
+            return lambda *parts: ":".join(map(str, parts))
+        if key == ("torch", "Size"):
+            return lambda sizes=(): list(sizes)
         if module == "torch" and name in STORAGES:
             return type(name, (_Object,), {"dtype": STORAGES[name]})
+        if module == "torch" and name in DTYPES:
+            return type(name, (_Object,), {})
         if key == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda storage, offset, size, stride, *_: _Tensor(storage, offset, size, stride)
         if key == ("torch._utils", "_rebuild_parameter"):
@@ -128,8 +148,8 @@ class _Reader(pickle.Unpickler):
 
 
 def read_inert(path: Path) -> dict[str, Any]:
-    """Tables, lists, strings and numbers, and the tensors of the table ``model``; of others, as of
-    an optimizer, only the shape is kept.
+    """Tables, lists, strings and numbers, and the tensors of the table ``model`` and, where there
+    is one, of ``model_avg``; of others, as of an optimizer, only the shape is kept.
 
     Raises:
       RecipeError: damaged, not in torch's zip format, without a ``model``, or it holds what is not
@@ -143,8 +163,10 @@ def read_inert(path: Path) -> dict[str, Any]:
             if order in archive.namelist() and archive.read(order) != b"little":
                 raise ValueError("its bytes are not in little-endian order")
             found = _plain(_Reader(io.BytesIO(archive.read(pickled))).load())
-            weights = found["model"].items()
-            found["model"] = {name: _read_tensor(archive, prefix, t) for name, t in weights}
+            for table in ("model", "model_avg"):
+                if table == "model" or isinstance(found.get(table), dict):
+                    weights = found[table].items()
+                    found[table] = {name: _read_tensor(archive, prefix, t) for name, t in weights}
             return found
     except _RefusedError as error:
         raise RecipeError(
@@ -165,7 +187,9 @@ def read_inert(path: Path) -> dict[str, Any]:
 def _read_tensor(archive: zipfile.ZipFile, prefix: str, tensor: _Tensor) -> torch.Tensor:
     storage, size, stride = tensor.storage, tuple(tensor.size), tuple(tensor.stride)
     data = bytearray(archive.read(f"{prefix}data/{storage.key}"))
-    if not data:
+    if not data:  # which frombuffer does not take
+        if 0 not in size:
+            raise ValueError(f"the storage of a tensor of {list(size)} is empty")
         return torch.empty(size, dtype=storage.dtype)
     flat = torch.frombuffer(data, dtype=storage.dtype)
     return flat.as_strided(size, stride, tensor.offset)
@@ -186,4 +210,4 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if isinstance(value, type):
         return value.__name__
-    return value
+    return str(value) if isinstance(value, _Text) else value

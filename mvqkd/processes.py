@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,10 @@ from torch import distributed
 from mvqkd.errors import RecipeError
 
 T = TypeVar("T")
+
+# How long one waits for the others. That the main process clusters hours of speech, or the last
+# shard of labels is on its way, is no failure; one that has ended is noticed without it.
+_TIMEOUT = timedelta(hours=12)
 
 PEER_LOST = "another process of this run has ended; its message says why"
 
@@ -44,8 +49,9 @@ def connected(device: torch.device) -> Iterator[None]:
     if num_processes() == 1 or distributed.is_initialized():
         yield
         return
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    # One that ended at once would leave the others waiting for half an hour to be connected.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, timeout=_TIMEOUT)
+    # One that ended at once would leave the others waiting to be connected.
     gathered(None)
     yield
     # Not after an error: the others may wait in an exchange that will not come about.

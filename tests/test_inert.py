@@ -151,6 +151,14 @@ def test_damaged_file(tmp_path):
     path.write_bytes(flipped)
     with pytest.raises(RecipeError, match=r"is no whole file.* CRC"):
         load_teacher(path)
+    torch.save({"model": {"a": torch.ones(3), "b": torch.zeros(0, 3)}}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, b"" if "/data/" in name else data)
+    with pytest.raises(RecipeError, match=r"as a checkpoint .*the storage of a tensor of \[3\] is"):
+        read_inert(path)
     torch.save({"model": torch.zeros(1)}, path)
     with pytest.raises(RecipeError, match="cannot be read as a checkpoint"):
         load_teacher(path)

@@ -11,18 +11,21 @@ teacher, both of a folder of WAV files such as the Free Spoken Digit Dataset's. 
 held out, and the relative reconstruction loss (RRL) is that of their frames, against the mean of
 the others. Each quantizer is trained and encodes in a process of its own, whose growth is its
 memory. ``--peer-steps`` adds the authors' package, trained by as many steps in each phase.
+
+What is measured is saved at once: a run that is started again in the same folder goes on, and one
+that asks for other codecs, bytes or frames adds them to the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import hashlib
 import multiprocessing
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,8 +34,9 @@ import numpy as np
 import torch
 from lhotse import Fbank, FbankConfig, Recording
 
+from benchmarks.quantizer.saved import go_on, save
 from mvqkd.device import describe_device
-from mvqkd.errors import RecipeError
+from mvqkd.errors import RecipeError, reason_of
 from mvqkd.files import written_aside
 from mvqkd.quantizer import QuantizerSettings, train_quantizer
 from mvqkd.teachers import load_teacher
@@ -40,6 +44,7 @@ from mvqkd.teachers import load_teacher
 STACKED = 10
 TEACHER = Path(__file__).parents[2] / "egs/mini/teacher"
 CPU = torch.device("cpu")
+PEER = "multi_quantization"
 
 
 @dataclass
@@ -154,7 +159,7 @@ def codecs(peer_steps: int) -> dict[str, Trainer]:
     }
     if peer_steps:
         steps = partial(_peer, steps=peer_steps)
-        found[f"multi_quantization, {peer_steps} + {peer_steps} steps"] = steps
+        found[f"{PEER}, {peer_steps} + {peer_steps} steps"] = steps
     return found
 
 
@@ -185,17 +190,61 @@ def _measure(
     pipe.send((error / total, *train_seconds, *rates, grown / 1024))
 
 
+def _measure_or_say(*job) -> None:
+    try:
+        _measure(*job)
+    except Exception as error:  # of whatever codec
+        job[-1].send(reason_of(error))
+
+
+def measure_apart(
+    trainer: Trainer, paths: tuple[Path, Path], num_bytes: int, seed: int, threads: int
+) -> tuple[float, ...] | str:
+    """What `Result` has beside names, measured in a process of its own, or why it is not."""
+    spawn = multiprocessing.get_context("spawn")
+    receive, send = spawn.Pipe(duplex=False)
+    process = spawn.Process(
+        target=_measure_or_say, args=(trainer, paths, num_bytes, seed, threads, send)
+    )
+    process.start()
+    send.close()
+    try:
+        found = receive.recv()
+    except EOFError:
+        found = None
+    process.join()
+    return f"its process ended with {process.exitcode}" if found is None else found
+
+
 def _read(path: Path, rate: int) -> torch.Tensor:
     return torch.from_numpy(Recording.from_file(path).resample(rate).load_audio())
 
 
-def filterbanks(paths: list[Path]) -> np.ndarray:
-    """Stacked log filterbanks, (F, 400), of recordings at 8 kHz."""
-    fbank = Fbank(FbankConfig(sampling_rate=8000, num_mel_bins=40))
+def split_recordings(
+    folder: Path, max_recordings: int | None, unseen_share: float, seed: int
+) -> tuple[list[Path], list[Path]]:
+    """WAV files in random order, those to train on and those held out.
+
+    Raises:
+      RecipeError: the folder has fewer than two.
+    """
+    paths = sorted(folder.rglob("*.wav"))
+    if len(paths) < 2:
+        raise RecipeError(f"{folder}: fewer than 2 WAV files; name another folder")
+    order = np.random.default_rng(seed).permutation(len(paths))[:max_recordings]
+    num_unseen = max(1, round(unseen_share * len(order)))
+    return [paths[i] for i in order[num_unseen:]], [paths[i] for i in order[:num_unseen]]
+
+
+def filterbanks(paths: list[Path], num_bins: int = 40, stacked: int = STACKED) -> np.ndarray:
+    """Log filterbanks of recordings at 8 kHz, ``stacked`` successive ones a frame: (F, D)."""
+    fbank = Fbank(FbankConfig(sampling_rate=8000, num_mel_bins=num_bins))
     pieces = []
     for path in paths:
         features = np.asarray(fbank.extract(_read(path, 8000).numpy(), 8000))
-        windows = np.lib.stride_tricks.sliding_window_view(features, STACKED, axis=0)
+        if len(features) < stacked:
+            continue
+        windows = np.lib.stride_tricks.sliding_window_view(features, stacked, axis=0)
         pieces.append(windows.transpose(0, 2, 1).reshape(len(windows), -1))
     return np.concatenate(pieces).astype(np.float32)
 
@@ -260,7 +309,12 @@ def plot(results: list[Result], path: Path) -> None:
         FigureCanvasAgg(figure).print_png(aside)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """
+    Raises:
+      RecipeError: too few recordings, results of other settings, or codecs that failed, after
+        all others are measured.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recordings", type=Path, required=True, help="folder of WAV files")
     parser.add_argument("--teacher", type=Path, default=TEACHER)
@@ -271,18 +325,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max-recordings", type=int, help="at random; default: all")
     parser.add_argument("--unseen-share", type=float, default=0.1, help="of the recordings")
     parser.add_argument("--peer-steps", type=int, default=0, help="per phase; 0: leave it out")
+    parser.add_argument("--peer-bytes", type=int, nargs="+", help="of --bytes; default: all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out-dir", type=Path, required=True)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
 
-    paths = sorted(options.recordings.rglob("*.wav"))
-    if len(paths) < 2:
-        raise RecipeError(f"{options.recordings}: fewer than 2 WAV files; name another folder")
-    order = np.random.default_rng(options.seed).permutation(len(paths))[: options.max_recordings]
-    num_unseen = max(1, round(options.unseen_share * len(order)))
-    parts = [paths[i] for i in order[num_unseen:]], [paths[i] for i in order[:num_unseen]]
+    parts = split_recordings(
+        options.recordings, options.max_recordings, options.unseen_share, options.seed
+    )
     kinds = {
         "fbank": (f"filterbanks, {STACKED} x 40", filterbanks),
         "teacher": (
@@ -295,48 +347,76 @@ def main(arguments: list[str] | None = None) -> None:
         for name, trainer in codecs(options.peer_steps).items()
         if options.only is None or name.startswith(tuple(options.only))
     }
-    options.out_dir.mkdir(parents=True, exist_ok=True)
-    results, sizes = [], {}
-    spawn = multiprocessing.get_context("spawn")
-    for key in options.frames or kinds:
-        kind, make = kinds[key]
-        frame_paths = tuple(options.out_dir / f"{key}-{part}.npy" for part in ("train", "unseen"))
-        for recordings, path in zip(parts, frame_paths):
-            frames = make(recordings)
-            np.save(path, frames)
-            sizes[path.stem] = list(frames.shape)
-            print(f"{kind}: {len(recordings)} recordings, {frames.shape}", file=sys.stderr)
-        for num_bytes in options.bytes:
-            for name, trainer in trainers.items():
-                receive, send = spawn.Pipe(duplex=False)
-                job = (trainer, frame_paths, num_bytes, options.seed, options.threads, send)
-                process = spawn.Process(target=_measure, args=job)
-                process.start()
-                send.close()
-                result = Result(kind, name, num_bytes, *receive.recv())
-                process.join()
-                results.append(result)
-                print(_table([result]).splitlines()[-1], file=sys.stderr, flush=True)
-        for path in frame_paths:
-            path.unlink()
-
-    table = _table(results)
-    print(table)
-    typed = sys.argv[1:] if arguments is None else arguments
-    document = {
-        "command": shlex.join(["python3", "-m", "benchmarks.quantizer.codecs", *typed]),
+    names = "\n".join(path.name for part in parts for path in [*part, Path("/")])
+    settings = {
         "device": describe_device(CPU),
         "threads": options.threads,
         "torch": torch.__version__,
         "seed": options.seed,
-        "frames": sizes,
-        "results": [dataclasses.asdict(result) for result in results],
+        "recordings": {
+            "train": len(parts[0]),
+            "unseen": len(parts[1]),
+            "sha256": hashlib.sha256(names.encode()).hexdigest()[:12],
+        },
+        "teacher": f"{options.teacher}, layer {options.layer}",
     }
-    for name, text in (("table.md", table), ("results.json", json.dumps(document, indent=1))):
-        with written_aside(options.out_dir / name) as aside:
-            aside.write_text(text + "\n", encoding="utf-8")
-    plot(results, options.out_dir / "codecs.png")
+    options.out_dir.mkdir(parents=True, exist_ok=True)
+    document = go_on(options.out_dir / "results.json", settings)
+    document = document or {**settings, "commands": [], "frames": {}, "results": []}
+    results = [Result(**result) for result in document["results"]]
+    done = {(result.frames, result.num_bytes, result.codec) for result in results}
+    typed = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python3", "-m", "benchmarks.quantizer.codecs", *typed])
+    failed = []
+    for key in options.frames or kinds:
+        kind, make = kinds[key]
+        wanted = [
+            (num_bytes, name)
+            for num_bytes in options.bytes
+            for name in trainers
+            if (
+                not name.startswith(PEER)
+                or options.peer_bytes is None
+                or num_bytes in options.peer_bytes
+            )
+            and (kind, num_bytes, name) not in done
+        ]
+        if not wanted:
+            continue
+        frame_paths = tuple(options.out_dir / f"{key}-{part}.npy" for part in ("train", "unseen"))
+        for recordings, path in zip(parts, frame_paths):
+            frames = make(recordings)
+            np.save(path, frames)
+            document["frames"][path.stem] = list(frames.shape)
+            print(f"{kind}: {len(recordings)} recordings, {frames.shape}", file=sys.stderr)
+        for num_bytes, name in wanted:
+            found = measure_apart(
+                trainers[name], frame_paths, num_bytes, options.seed, options.threads
+            )
+            if isinstance(found, str):
+                failed.append(f"{name} at {num_bytes} bytes")
+                print(f"{kind}, {failed[-1]}: failed, {found}", file=sys.stderr, flush=True)
+                continue
+            result = Result(kind, name, num_bytes, *found)
+            results = sorted([*results, result], key=lambda r: (r.frames, r.num_bytes))
+            document["results"] = [dataclasses.asdict(r) for r in results]
+            document["commands"] = list(dict.fromkeys([*document["commands"], command]))
+            save(options.out_dir, document, _table(results))
+            print(_table([result]).splitlines()[-1], file=sys.stderr, flush=True)
+        for path in frame_paths:
+            path.unlink()
+    print(_table(results))
+    if results:
+        plot(results, options.out_dir / "codecs.png")
+    if failed:
+        raise RecipeError(
+            f"{options.out_dir}: {len(failed)} codecs failed ({', '.join(failed)}); mend what the "
+            "lines above say, and start again: what is done is kept"
+        )
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RecipeError as error:
+        sys.exit(f"benchmarks.quantizer.codecs: {error}")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from lhotse import CutSet
 from lhotse.cut import MixedCut
 from lhotse.dataset import DynamicBucketingSampler
+from lhotse.utils import compute_num_samples
 
+from mvqkd.data import SAMPLE_RATE
 from mvqkd.errors import RecipeError, reason_of
+from mvqkd.files import written_aside
 
 
 @dataclass
@@ -25,13 +30,20 @@ class AudioBatch:
     texts: list[str]
 
 
+def num_samples(cut) -> int:
+    """How many samples `load_audio` gives."""
+    return compute_num_samples(cut.duration, SAMPLE_RATE)
+
+
 def load_audio(cut) -> np.ndarray:
-    """Samples (L,) of ``cut``.
+    """Samples (L,) of ``cut`` at 16 kHz, whatever its own sampling rate is.
 
     Raises:
       RecipeError: the audio is missing or cannot be decoded.
     """
     try:
+        if cut.sampling_rate != SAMPLE_RATE:
+            cut = cut.resample(SAMPLE_RATE)
         return cut.load_audio()[0]
     except Exception as error:  # lhotse's backends raise their own kinds
         # A mixed cut has several recordings; its reason names the one.
@@ -42,22 +54,77 @@ def load_audio(cut) -> np.ndarray:
         ) from error
 
 
+def _read(cut, cache: dict[str, np.ndarray] | None = None) -> np.ndarray:
+    """16-bit samples (L,), which ``cache`` keeps by cut id."""
+    samples_L = cache.get(cut.id) if cache is not None else None
+    if samples_L is None:
+        samples_L = np.round(load_audio(cut) * 32768).clip(-32768, 32767).astype(np.int16)
+        if cache is not None:
+            cache[cut.id] = samples_L
+    return samples_L
+
+
 def collate_audio(cuts: CutSet, cache: dict[str, np.ndarray] | None = None) -> AudioBatch:
     """Load and pad; ``cache`` keeps 16-bit samples by cut id."""
-    waves = []
-    for cut in cuts:
-        samples_L = cache.get(cut.id) if cache is not None else None
-        if samples_L is None:
-            samples_L = np.round(load_audio(cut) * 32768).clip(-32768, 32767).astype(np.int16)
-            if cache is not None:
-                cache[cut.id] = samples_L
-        waves.append(torch.from_numpy(samples_L).float() / 32768)
+    return _padded(list(cuts), [_read(cut, cache) for cut in cuts])
+
+
+def _padded(cuts: Sequence, samples: Sequence[np.ndarray]) -> AudioBatch:
+    waves = [torch.from_numpy(samples_L).float() / 32768 for samples_L in samples]
     return AudioBatch(
         ids=[cut.id for cut in cuts],
         waveforms_BL=torch.nn.utils.rnn.pad_sequence(waves, batch_first=True),
         lengths_B=torch.tensor([len(w) for w in waves]),
         texts=[cut.supervisions[0].text if cut.supervisions else "" for cut in cuts],
     )
+
+
+def collate_good(
+    cuts: Iterable, check_length: Callable[[str, int], None]
+) -> tuple[AudioBatch | None, dict[str, str]]:
+    """`collate_audio` of the cuts that can be read and that ``check_length`` (of the cut's name and
+    its samples) lets through.
+
+    Returns:
+      (the batch, None where no cut is left; by id, what is wrong with the others)
+    """
+    good, samples, bad = [], [], {}
+    for cut in cuts:
+        try:
+            samples_L = _read(cut)
+            check_length(f"cut {cut.id}", len(samples_L))
+        except RecipeError as error:
+            bad[cut.id] = str(error)
+        else:
+            good.append(cut)
+            samples.append(samples_L)
+    return (_padded(good, samples) if good else None), bad
+
+
+def check_bad(bad: Mapping[str, str], num_cuts: int, max_bad_share: float, conf: str) -> None:
+    """
+    Args:
+      bad: what is wrong with cuts that are left out, by id; of ``num_cuts`` in all.
+      conf: where ``max_bad_share`` is set.
+
+    Raises:
+      RecipeError: they are too many.
+    """
+    if len(bad) > max_bad_share * num_cuts:
+        raise RecipeError(
+            f"{next(iter(bad.values()))} ({len(bad)} of {num_cuts} utterances are bad, more than "
+            f"max_bad_share = {max_bad_share} of {conf})"
+        )
+
+
+def list_bad(bad: Mapping[str, str], path: Path) -> None:
+    """Leave in ``path`` what was wrong with the cuts that were left out; no file if with none."""
+    if not bad:
+        path.unlink(missing_ok=True)
+        return
+    with written_aside(path) as aside:
+        aside.write_text("".join(f"{reason}\n" for reason in bad.values()))
+    logging.warning(f"{len(bad)} bad utterances left out, listed in {path}")
 
 
 def bucketed_batches(

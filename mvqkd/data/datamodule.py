@@ -20,6 +20,7 @@ from lhotse.dataset import CutMix, SpecAugment
 
 from mvqkd.data.audio import bucketed_batches, collate_audio, largest_batches
 from mvqkd.data.labels import collate_labels, load_labels
+from mvqkd.data.prefetch import ahead
 from mvqkd.data.time_warp import TimeWarp
 from mvqkd.errors import RecipeError
 
@@ -74,8 +75,15 @@ class DataSettings:
     num_buckets: int = 20
     # Keep features and labels in memory after the first epoch.
     cache: bool = False
+    # Training batches that a thread loads, mixes and pads ahead; 0: none. null: some for a GPU,
+    # none for a CPU, whose cores have enough to do.
+    prefetch: int | None = None
     noise: NoiseSettings = field(default_factory=NoiseSettings)
     spec_augment: SpecAugmentSettings = field(default_factory=SpecAugmentSettings)
+
+    def __post_init__(self) -> None:
+        if self.prefetch is not None and self.prefetch < 0:
+            raise RecipeError(f"data.prefetch: {self.prefetch}; give 0 for none, or more")
 
 
 @dataclass
@@ -171,12 +179,20 @@ class StudentData:
         """(batch, its seconds of speech), in an order that depends on (seed, epoch) alone.
 
         From batch ``start`` on of the share that process ``rank`` has of an epoch, see
-        :func:`mvqkd.data.audio.bucketed_batches`.
+        :func:`mvqkd.data.audio.bucketed_batches`. With ``prefetch`` they are made by a thread;
+        nothing in them depends on a generator that others draw from.
         """
         numbered = enumerate(self._cut_batches(epoch, rank, num_processes))
-        for number, cuts in itertools.islice(numbered, start, None):
-            noisy = self._mixed(cuts, f"{self._seed}/{epoch}/{rank}/{number}")
-            yield self._collate(cuts, noisy), sum(cut.duration for cut in cuts)
+        chosen = itertools.islice(numbered, start, None)
+        batches = (
+            (
+                self._collate(cuts, self._mixed(cuts, f"{self._seed}/{epoch}/{rank}/{number}")),
+                sum(cut.duration for cut in cuts),
+            )
+            for number, cuts in chosen
+        )
+        prefetch = self._settings.prefetch or 0
+        return ahead(batches, prefetch) if prefetch > 0 else batches
 
     def every_nth(self, first: int, n: int) -> Iterator[StudentBatch]:
         """Batches ``first``, ``first + n``, ... of epoch 0: one of n shares that make the whole."""

@@ -11,17 +11,20 @@ N: codebooks, T: teacher frames, D: dimension, F: frames of a batch, B: cuts.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import json
 import logging
 import math
 import re
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -31,17 +34,22 @@ from lhotse.cut import Cut, MixedCut, PaddingCut
 from lhotse.features.io import close_cached_file_handles
 from lhotse.utils import fastcopy
 
-from mvqkd.data.audio import collate_audio
+from mvqkd.data.audio import AudioBatch, check_bad, collate_good, list_bad, num_samples
 from mvqkd.data.manifests import read_cuts, write_cuts
 from mvqkd.data.shards import ArrayFile, Shards
+from mvqkd.device import Precision, matrix_dtype
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
 from mvqkd.quantizer import Quantizer
+from mvqkd.quantizer.frames import require_finite
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and students do not need it
     from mvqkd.teachers.base import Teacher
 
 FIELD = "codebook_indexes"
+# The key of what is wrong with the cuts of a shard that have no labels: JSON, by cut id, as bytes.
+_BAD = "bad-utterances"
+CONF = "labels.yaml"
 ORIGIN_FIELD = "codebook_indexes_origin"
 # What padding of indexes is filled with: cross-entropy leaves it out. 0 would be a valid index.
 # Padding of embeddings is NaN: any number may be valid.
@@ -86,6 +94,15 @@ class LabelSettings:
     max_duration: float = 100
     shard_size: int = 500
     refine_iters: int = 5
+    # Of the teacher's matrices; see `matrix_dtype`.
+    precision: Precision = "auto"
+    # Of the CPU's arithmetic, whatever the environment says: sums that are shared out among more
+    # threads round differently. Start a process for as many cores.
+    num_threads: int = 2
+    # Threads that read audio ahead of the teacher.
+    num_loaders: int = 4
+    # Share of the utterances that may be broken; they are left out and listed.
+    max_bad_share: float = 0.01
 
 
 class CodebookIndexes:
@@ -198,23 +215,35 @@ class Expected(Protocol):
 
 @torch.inference_mode()
 def compute_labels(
-    kinds: Sequence[LabelKind], waveforms_BL: torch.Tensor, lengths_B: torch.Tensor
+    kinds: Sequence[LabelKind],
+    waveforms_BL: torch.Tensor,
+    lengths_B: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    cut_ids: Sequence[str] = (),
 ) -> dict[str, tuple[torch.Tensor, list[int]]]:
     """By field, the labels (F, columns) of a batch's utterances one after the other, and how many
     frames each of them has. All layers of a teacher come from one pass.
 
     Args:
-      waveforms_BL, lengths_B: see `Teacher.embed`; where the kinds have been moved to.
+      waveforms_BL, lengths_B, dtype: see `Teacher.embed`; the waveforms where the kinds have been
+        moved to.
+      cut_ids: of the utterances, to have embeddings that are not finite refused. On a GPU that
+        waits for them.
+
+    Raises:
+      RecipeError: a frame is not finite; its cut is named.
     """
     embedded, frames = {}, {}
     for teacher in dict.fromkeys(kind.teacher for kind in kinds):
         layers = sorted({kind.origin.layer for kind in kinds if kind.teacher is teacher})
-        embeddings, frames_B = teacher.embed_layers(waveforms_BL, lengths_B, layers)
-        frames_T = torch.arange(embeddings[0].shape[1], device=waveforms_BL.device)
-        inside_BT = frames_T < frames_B[:, None]
-        for layer, embeddings_BTD in zip(layers, embeddings):
-            embedded[teacher, layer] = embeddings_BTD[inside_BT]
+        embeddings, frames_B = teacher.embed_layers(waveforms_BL, lengths_B, layers, dtype)
         frames[teacher] = frames_B.tolist()
+        for layer, embeddings_BTD in zip(layers, embeddings):
+            inside = (x_TD[:count] for x_TD, count in zip(embeddings_BTD, frames[teacher]))
+            embedded[teacher, layer] = torch.cat(list(inside))
+            if cut_ids:
+                name = f"layer {layer} of {teacher.name}"
+                require_finite(embedded[teacher, layer], name, cut_ids, frames[teacher])
     return {
         kind.field: (kind.encode(embedded[kind.teacher, kind.origin.layer]), frames[kind.teacher])
         for kind in kinds
@@ -243,41 +272,90 @@ class Dumper:
             kind.to(device)
         self.kinds = list(kinds)
         self._settings, self._device = settings, device
+        self._dtype = matrix_dtype(settings.precision, device)
+        self.max_bad_share = settings.max_bad_share
 
     def made_from(self) -> dict:
         """What the bytes of a shard follow from, beside its cuts."""
         # Sums in another order, as in batches of another size, may tip a near tie.
         labels = {kind.field: kind.made_from() for kind in self.kinds}
-        return {"max_duration": self._settings.max_duration, **labels}
-
-    def _labels(self, cuts: CutSet) -> dict[str, list[np.ndarray]]:
-        """By field, those of each cut."""
-        batch = collate_audio(cuts)
-        labels = compute_labels(
-            self.kinds, batch.waveforms_BL.to(self._device), batch.lengths_B.to(self._device)
-        )
         return {
-            field: [part.numpy() for part in encoded.cpu().split(frames)]
-            for field, (encoded, frames) in labels.items()
+            "max_duration": self._settings.max_duration,
+            "precision": str(self._dtype).removeprefix("torch."),
+            "num_threads": self._settings.num_threads,
+            **labels,
         }
 
-    def __call__(self, cuts: CutSet, arrays: ArrayFile) -> CutSet:
-        cuts = CutSet.from_cuts([fastcopy(cut) for cut in cuts])  # the caller's stay as they are
-        by_length = sorted(cuts, key=lambda cut: -cut.duration)
-        batch: list = []
-        for cut in by_length:
-            longest = batch[0].duration if batch else cut.duration
-            if batch and longest * (len(batch) + 1) > self._settings.max_duration:
-                self._label(batch, arrays)
-                batch = []
-            batch.append(cut)
-        self._label(batch, arrays)
-        return cuts
+    def __call__(self, cuts: CutSet, arrays: ArrayFile, num_cuts: int | None = None) -> CutSet:
+        """The good ones of ``cuts`` with labels; what is wrong with the others goes to ``arrays``.
 
-    def _label(self, cuts: list, arrays: ArrayFile) -> None:
-        labels = self._labels(CutSet.from_cuts(cuts))
+        Args:
+          num_cuts: of which at most ``max_bad_share`` may be bad; None: of these.
+
+        Raises:
+          RecipeError: more of them are.
+        """
+        cuts = CutSet.from_cuts([fastcopy(cut) for cut in cuts])  # the caller's stay as they are
+        bad: dict[str, str] = {}
+        # The teacher waits neither for audio nor for the disk. An error of another thread is
+        # raised here, and who stops here waits until no thread has the file in hand.
+        with (
+            _threads(self._settings.num_threads),
+            ThreadPoolExecutor(self._settings.num_loaders) as loaders,
+            ThreadPoolExecutor(1) as writer,
+        ):
+            ahead = self._settings.num_loaders + 1
+            loaded = _ahead(loaders, self._load, self._batches(cuts), ahead)
+
+            def computed():
+                for batch, audio, wrong in loaded:
+                    bad.update(wrong)
+                    check_bad(bad, num_cuts or len(cuts), self.max_bad_share, CONF)
+                    if batch:
+                        yield batch, self._compute(audio), arrays
+
+            for _ in _ahead(writer, self._store, computed(), 2):
+                pass
+        if bad:
+            arrays.store(_BAD, np.frombuffer(json.dumps(bad).encode(), np.uint8))
+        return CutSet.from_cuts(cut for cut in cuts if cut.id not in bad)
+
+    def _batches(self, cuts: CutSet) -> list[list[Cut]]:
+        """Of like durations, the longest first."""
+        batches: list[list[Cut]] = [[]]
+        for cut in sorted(cuts, key=lambda cut: -cut.duration):
+            longest = batches[-1][0].duration if batches[-1] else cut.duration
+            if batches[-1] and longest * (len(batches[-1]) + 1) > self._settings.max_duration:
+                batches.append([])
+            batches[-1].append(cut)
+        return batches
+
+    def _load(self, cuts: list[Cut]) -> tuple[list[Cut], AudioBatch | None, dict[str, str]]:
+        """(good cuts, their audio, what is wrong with the others); by a thread of its own, as
+        `_store`."""
+        audio, bad = collate_good(cuts, self._check_length)
+        if audio is not None and self._device.type == "cuda":  # whence it is copied without waiting
+            audio.waveforms_BL = audio.waveforms_BL.pin_memory()
+        return [cut for cut in cuts if cut.id not in bad], audio, bad
+
+    def _check_length(self, name: str, num_samples: int) -> None:
+        for teacher in dict.fromkeys(kind.teacher for kind in self.kinds):
+            teacher.check_length(name, num_samples)
+
+    def _compute(self, audio: AudioBatch) -> dict[str, tuple[torch.Tensor, list[int]]]:
+        """See `compute_labels`."""
+        waveforms_BL = audio.waveforms_BL.to(self._device, non_blocking=True)
+        return compute_labels(self.kinds, waveforms_BL, audio.lengths_B, self._dtype, audio.ids)
+
+    def _store(
+        self,
+        computed: tuple[list[Cut], dict[str, tuple[torch.Tensor, list[int]]], ArrayFile],
+    ) -> None:
+        cuts, labels, arrays = computed
         for kind in self.kinds:
-            for cut, array in zip(cuts, labels[kind.field]):
+            encoded_FX, frames = labels[kind.field]
+            for cut, label_TX in zip(cuts, encoded_FX.cpu().split(frames)):
+                array = label_TX.numpy()
                 wrong = kind.what_is_wrong(array)
                 if wrong:
                     raise RecipeError(f"cut {cut.id}: {kind.field} {wrong}; see to the teacher")
@@ -301,11 +379,45 @@ class Dumper:
                 }
 
 
+X, Y = TypeVar("X"), TypeVar("Y")
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[X], Y], items: Iterable[X], number: int
+) -> Iterator[Y]:
+    """``function`` of each of ``items``, in their order; the pool has up to ``number`` in hand
+    beside the one that is waited for."""
+    futures: deque[Future[Y]] = deque()
+    try:
+        for item in items:
+            futures.append(pool.submit(function, item))
+            if len(futures) > number:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Within, torch computes with ``number`` threads on the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def dump_labels(cuts: CutSet, out: Path, dumper: Dumper, shard_size: int) -> CutSet | None:
     """Write ``out``: ``cuts`` with labels, verified; arrays go to shards in its folder.
 
     Any number of processes may call this with the same arguments, at once or one after the
     other, and take shards as they come: ``out`` and the shards have the same bytes in the end.
+    Cuts whose audio cannot be read, or is too short for a frame, are left out, and listed in
+    ``bad-utterances.txt`` beside ``out``.
 
     Returns:
       the cuts; None where other processes still have shards in hand, of which the last to
@@ -313,7 +425,7 @@ def dump_labels(cuts: CutSet, out: Path, dumper: Dumper, shard_size: int) -> Cut
 
     Raises:
       RecipeError: the folder holds labels made from something else, labels are not what they
-        should be, or the disk is full.
+        should be, too many cuts are bad, or the disk is full.
     """
     folder = out.parent / "shards"
     shards = Shards(cuts, folder, shard_size, "labels", joined=out)
@@ -321,18 +433,23 @@ def dump_labels(cuts: CutSet, out: Path, dumper: Dumper, shard_size: int) -> Cut
         folder / "made-from.json",
         {"cuts": _fingerprint(cuts), "shard_size": shard_size, **dumper.made_from()},
     )
-    if not shards.share(dumper):
+    if not shards.share(partial(dumper, num_cuts=len(cuts))):
         return None
+    bad: dict[str, str] = {}
+    for array in shards.stored(_BAD):
+        bad.update(json.loads(array.tobytes()))
+    check_bad(bad, len(cuts), dumper.max_bad_share, CONF)
     try:
         labelled = read_cuts(out) if out.exists() else shards.cuts()
     except FileNotFoundError:
         if not out.exists():
             raise
         labelled = read_cuts(out)  # written by another process since
-    if [cut.id for cut in labelled] != [cut.id for cut in cuts]:
+    if [cut.id for cut in labelled] != [cut.id for cut in cuts if cut.id not in bad]:
         raise RecipeError(f"{out}: has not the cuts that were to be labelled; remove it")
     close_cached_file_handles()  # what is read is what is there now
     verify_labels(labelled, dumper.kinds)
+    list_bad(bad, out.with_name("bad-utterances.txt"))
     if not out.exists():
         with written_aside(out) as aside:
             write_cuts(labelled, aside)
@@ -506,7 +623,7 @@ def _verify_label(cut, kind: Expected, accept_unknown: bool) -> int:
         raise RecipeError(
             f"cut {cut.id}: its {kind.field} are {array.dtype}, not {kind.dtype}; dump them again"
         )
-    expected = kind.teacher.num_frames(cut.num_samples)
+    expected = kind.teacher.num_frames(num_samples(cut))
     # One more is what icefall stores.
     shapes = [(expected, kind.columns), (expected + 1, kind.columns)]
     if array.shape not in shapes:

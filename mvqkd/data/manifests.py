@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,30 +34,31 @@ class CheckSettings:
     min_seconds: float = 0.1
 
 
-def _what_is_wrong(path: Path, text: str, settings: CheckSettings) -> str | None:
+def _look_at(path: Path, text: str, settings: CheckSettings) -> tuple[str | None, int | None]:
+    """(what is wrong, or None; the sampling rate where it is known)."""
     if not text:
-        return "empty transcript; write what is said, or remove the line"
+        return "empty transcript; write what is said, or remove the line", None
     if not path.exists():
-        return "no such file; restore it, or remove its line from the transcripts"
+        return "no such file; restore it, or remove its line from the transcripts", None
     try:
         audio_L, rate = soundfile.read(path, dtype="int16")
     except soundfile.LibsndfileError as error:
-        return f"cannot be decoded ({error.error_string.strip()}); fetch or make it again"
-    if rate != SAMPLE_RATE:
-        return f"sampled at {rate} Hz; resample it to {SAMPLE_RATE}"
+        return f"cannot be decoded ({error.error_string.strip()}); fetch or make it again", None
+    wrong = None
     if audio_L.ndim != 1:
-        return f"has {audio_L.shape[1]} channels; mix it to one"
-    if len(audio_L) < settings.min_seconds * rate:
-        return f"only {len(audio_L) / rate:.3f} s long; remove it"
-    if not np.any(audio_L):
-        return "silent from start to end; record it again, or remove it"
-    return None
+        wrong = f"has {audio_L.shape[1]} channels; mix it to one"
+    elif len(audio_L) < settings.min_seconds * rate:
+        wrong = f"only {len(audio_L) / rate:.3f} s long; remove it"
+    elif not np.any(audio_L):
+        wrong = "silent from start to end; record it again, or remove it"
+    return wrong, rate
 
 
-def check_part(folder: Path, settings: CheckSettings) -> dict[str, str]:
+def check_part(folder: Path, settings: CheckSettings) -> tuple[dict[str, str], int]:
     """Look at every utterance of ``folder``, a part in LibriSpeech's layout.
 
-    Returns what is wrong by utterance id.
+    Returns what is wrong by utterance id, and the sampling rate (Hz) of the part. A file of another
+    rate than most others is wrong: its header may well be.
 
     Raises:
       RecipeError: the part is missing or empty, or too much of it is bad.
@@ -75,25 +77,38 @@ def check_part(folder: Path, settings: CheckSettings) -> dict[str, str]:
     if not utterances:
         raise RecipeError(f"{folder}: has no transcripts (*.trans.txt); make the corpus again")
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda u: _what_is_wrong(u[1], u[2], settings), utterances)
-        bad = {u: reason for u, reason in zip(utterances, found) if reason}
+        found = list(pool.map(lambda u: _look_at(u[1], u[2], settings), utterances))
+    rates = Counter(rate for wrong, rate in found if rate and not wrong)
+    part_rate = rates.most_common(1)[0][0] if rates else SAMPLE_RATE
+    bad = {}
+    for utterance, (wrong, rate) in zip(utterances, found):
+        if not wrong and rate != part_rate:
+            wrong = f"sampled at {rate} Hz, most of its part at {part_rate}; resample it"
+        if wrong:
+            bad[utterance] = wrong
     if len(bad) > settings.max_bad_share * len(utterances):
         (_, path, _), reason = next(iter(bad.items()))
         raise RecipeError(
             f"{path}: {reason} ({len(bad)} of {len(utterances)} utterances in {folder} are bad, "
             f"more than max_bad_share = {settings.max_bad_share} of conf/check.yaml)"
         )
-    return {name: f"{path}: {reason}" for (name, path, _), reason in bad.items()}
+    return {name: f"{path}: {reason}" for (name, path, _), reason in bad.items()}, part_rate
 
 
 def prepare_part(corpus: Path, part: str, out: Path, settings: CheckSettings) -> CutSet:
-    """Write ``out``, the cuts of ``part``; bad utterances are left out and listed beside it."""
-    bad = check_part(corpus / part, settings)
+    """Write ``out``, the cuts of ``part``; bad utterances are left out and listed beside it.
+
+    Of a part at another rate the cuts are of 16 kHz: lhotse resamples what it reads.
+    """
+    bad, rate = check_part(corpus / part, settings)
     manifests = _lhotse_manifests(corpus, part, bad)
     cuts = CutSet.from_manifests(**manifests).trim_to_supervisions(keep_overlapping=False)
     cuts = CutSet.from_cuts(
         sorted((c for c in cuts if c.recording_id not in bad), key=lambda c: c.id)
     )
+    if rate != SAMPLE_RATE:
+        cuts = CutSet.from_cuts(cut.resample(SAMPLE_RATE) for cut in cuts)
+        logging.info(f"{part}: sampled at {rate} Hz, resampled to {SAMPLE_RATE} when it is read")
     if bad:
         listing = out.with_name(f"bad-utterances-{part}.txt")
         listing.write_text("".join(f"{reason}\n" for reason in bad.values()))

@@ -26,6 +26,7 @@ import numpy as np
 from lhotse import CutSet
 
 from mvqkd.data.manifests import write_cuts
+from mvqkd.errors import RecipeError, reason_of
 from mvqkd.files import written_aside
 
 # Bytes up to which an array lies in its own header, which is smaller so (HDF5 allows 64 KiB).
@@ -283,6 +284,25 @@ class Shards:
         return CutSet.from_cuts(
             cut for stem, _ in self._jobs for cut in CutSet.from_file(stem.with_suffix(".jsonl.gz"))
         )
+
+    def stored(self, key: str) -> Iterator[np.ndarray]:
+        """The array of that key of each shard that has one, in order.
+
+        Raises:
+          RecipeError: a shard is damaged.
+        """
+        for stem, _ in self._jobs:
+            path = stem.with_suffix(".h5")
+            try:
+                with h5py.File(path) as file:
+                    array = file[key][:] if key in file else None
+            except OSError as error:
+                raise RecipeError(
+                    f"{path}: the shard cannot be read ({reason_of(error)}); remove the file and "
+                    "run the stage again"
+                ) from error
+            if array is not None:
+                yield array
 
     def leave_arrays(self) -> None:
         """Remove all but the arrays, once a manifest stands for the cuts of all shards."""

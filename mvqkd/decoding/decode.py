@@ -12,7 +12,7 @@ import torch
 
 from mvqkd.data.datamodule import StudentData
 from mvqkd.decoding.scoring import Result
-from mvqkd.decoding.search import BeamSearch, GreedySearch, Hypothesis
+from mvqkd.decoding.search import BeamSearch, FastBeamSearch, GreedySearch, Hypothesis
 from mvqkd.decoding.streaming import decode_streaming
 from mvqkd.decoding.times import EmissionDelay, emission_delays, summarize_delays, words_with_times
 from mvqkd.errors import RecipeError
@@ -27,8 +27,16 @@ from mvqkd.training.checkpoint import averaged_weights
 class DecodingSettings:
     """How to search; a student with causal convolutions is decoded as a stream."""
 
-    method: Literal["greedy_search", "modified_beam_search"] = "modified_beam_search"
+    # fast_beam_search needs k2.
+    method: Literal["greedy_search", "modified_beam_search", "fast_beam_search"] = (
+        "modified_beam_search"
+    )
+    # Hypotheses of modified_beam_search.
     beam: int = 4
+    # Of fast_beam_search: the worst score kept, in nats below the best; contexts and states.
+    fast_beam: float = 20.0
+    max_contexts: int = 8
+    max_states: int = 64
     # Weights: the mean over the last `avg` epochs up to `epoch` (0: the last one trained).
     epoch: int = 0
     avg: int = 10
@@ -43,16 +51,28 @@ class DecodingSettings:
     def __post_init__(self):
         if self.beam < 1:
             raise RecipeError(f"decoding.beam: {self.beam} is no beam; set it to 1 or more")
+        for name in ("fast_beam", "max_contexts", "max_states"):
+            if getattr(self, name) <= 0:
+                raise RecipeError(f"decoding.{name}: {getattr(self, name)}; give more than 0")
 
-    def name(self, epoch: int, streaming: bool) -> str:
-        """As icefall names its result files."""
+    def name(self, weights: int | str, streaming: bool) -> str:
+        """As icefall names its result files.
+
+        Args:
+          weights: their last epoch, or what else they are called.
+        """
         parts = [self.method]
         if self.method == "modified_beam_search":
             parts.append(f"beam_size_{self.beam}")
+        if self.method == "fast_beam_search":
+            parts.append(f"beam-{self.fast_beam}-max-contexts-{self.max_contexts}")
+            parts.append(f"max-states-{self.max_states}")
         if streaming:
             chunk = f"chunk-{self.chunk_size}-left-{self.left_context}-right-{self.right_context}"
             parts.append(chunk)
-        return "-".join([*parts, f"epoch-{epoch}-avg-{self.avg}"])
+        if isinstance(weights, int):
+            weights = f"epoch-{weights}-avg-{self.avg}"
+        return "-".join([*parts, weights])
 
 
 def load_student(exp_dir: Path, settings: DecodingSettings) -> tuple[Transducer, int]:
@@ -89,15 +109,24 @@ def check_vocabulary(model: Transducer, tokens, tokens_dir: Path) -> None:
         )
 
 
-def make_search(model: Transducer, settings: DecodingSettings) -> BeamSearch | GreedySearch:
-    """The search that ``settings`` name, over ``model``."""
+Search = BeamSearch | FastBeamSearch | GreedySearch
+
+
+def make_search(model: Transducer, settings: DecodingSettings) -> Search:
+    """The search that ``settings`` name, over ``model``.
+
+    Raises:
+      RecipeError: it needs k2, which is not there.
+    """
+    if settings.method == "fast_beam_search":
+        return FastBeamSearch(model, settings.fast_beam, settings.max_contexts, settings.max_states)
     if settings.method == "modified_beam_search":
         return BeamSearch(model, settings.beam)
     return GreedySearch(model)
 
 
 def _decode_whole(
-    search: BeamSearch | GreedySearch, features_BTF: torch.Tensor, lens_B: torch.Tensor
+    search: Search, features_BTF: torch.Tensor, lens_B: torch.Tensor
 ) -> list[Hypothesis]:
     encoder_out_BTC, encoder_lens_B, _ = search.model.encoder(features_BTF, lens_B)
     search.step(encoder_out_BTC, encoder_lens_B)

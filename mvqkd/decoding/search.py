@@ -1,6 +1,6 @@
-"""Greedy and modified beam search for a transducer with a stateless predictor, in batches.
+"""Greedy, modified and fast beam search for a transducer with a stateless predictor, in batches.
 
-Both searches keep their state between calls, so an utterance may arrive whole or chunk by chunk;
+All searches keep their state between calls, so an utterance may arrive whole or chunk by chunk;
 the result is the same::
 
     search = BeamSearch(model, beam=4)
@@ -14,18 +14,23 @@ vocabulary (blank included), K hypotheses of a beam, U tokens the predictor look
 the moment, N rows of whatever is worked on, E those that emit a token.
 
 What a model must have (the names are icefall's): ``decoder(y_BU, need_pad=False)`` -> (B, 1,
-decoder channels), ``decoder.blank_id``, ``decoder.context_size``, ``joiner.encoder_proj``,
+decoder channels), ``decoder.blank_id``, ``decoder.context_size``, ``decoder.vocab_size`` (for
+`FastBeamSearch`), ``joiner.encoder_proj``,
 ``joiner.decoder_proj`` and ``joiner(enc, dec, project_input=False)``, which broadcasts (..., J)
 and (..., J) -> (..., V).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from mvqkd.errors import RecipeError
+from mvqkd.losses.rnnt import import_k2
 
 # Multiplier of the rolling hash that identifies a token sequence: odd, so that no bit is lost
 # (Knuth's for 64-bit congruential generators).
@@ -45,6 +50,17 @@ class Hypothesis:
     tokens: list[int] = field(default_factory=list)
     frames: list[int] = field(default_factory=list)
     log_prob: float = 0.0
+
+
+def _runs(active_T: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(first, end, A) of each run of frames at which the same streams are active."""
+    first = 0
+    while first < len(active_T):
+        end = first
+        while end < len(active_T) and active_T[end] == active_T[first]:
+            end += 1
+        yield first, end, active_T[first]
+        first = end
 
 
 def _lists(*arrays: np.ndarray) -> list[list[int]]:
@@ -233,23 +249,17 @@ class BeamSearch(_Search):
         source_TBK = torch.arange(K, device=device).repeat(T, B, 1)
         token_TBK = torch.full((T, B, K), self.blank, device=device)
 
-        # Runs of frames at which the same streams are active: their state is copied once a run.
-        first = 0
-        while first < T:
-            A = active_T[first]
-            last = first
-            while last < T and active_T[last] == A:
-                last += 1
+        # The state of active streams is copied once a run.
+        for first, end, A in _runs(active_T):
             beams = (log_prob_BK[:A], state_BKS[:A], predictor_BKJ[:A])
             sources, tokens = [], []
-            for t in range(first, last):
+            for t in range(first, end):
                 beams, source_AK, token_AK = self._frame(encoder_TBJ[t, :A], *beams)
                 sources.append(source_AK)
                 tokens.append(token_AK)
             log_prob_BK[:A], state_BKS[:A], predictor_BKJ[:A] = beams
-            source_TBK[first:last, :A] = torch.stack(sources)
-            token_TBK[first:last, :A] = torch.stack(tokens)
-            first = last
+            source_TBK[first:end, :A] = torch.stack(sources)
+            token_TBK[first:end, :A] = torch.stack(tokens)
 
         inverse_B = order_B.argsort()
         self.state_BKS, self.predictor_BKJ = state_BKS[inverse_B], predictor_BKJ[inverse_B]
@@ -344,6 +354,92 @@ class BeamSearch(_Search):
         for hypothesis in hypotheses:
             hypothesis.tokens.reverse()
             hypothesis.frames.reverse()
+        return hypotheses
+
+
+class FastBeamSearch(_Search):
+    """The best path through the lattice of one graph, by k2: at most one token a frame.
+
+    Of the hypotheses of a frame those with the same last ``context_size`` tokens are one, with the
+    better score, so that far more of them are followed than by `BeamSearch`. The graph allows any
+    tokens. This is icefall's ``fast_beam_search`` (Kang et al., "Fast and parallel decoding for
+    transducer", arXiv 2211.00484).
+
+    Args:
+      model: the transducer, in evaluation mode.
+      beam: what scores worse than the best of its frame by more than this, in nats, is dropped.
+      max_contexts, max_states: kept per stream and frame.
+
+    Raises:
+      RecipeError: k2 does not import.
+    """
+
+    def __init__(
+        self, model: nn.Module, beam: float = 20.0, max_contexts: int = 8, max_states: int = 64
+    ):
+        super().__init__(model)
+        self._k2 = import_k2()
+        if self._k2 is None:
+            raise RecipeError(
+                "decoding.method: fast_beam_search needs k2, which does not import; install k2, or "
+                "take modified_beam_search"
+            )
+        self._config = self._k2.RnntDecodingConfig(
+            vocab_size=model.decoder.vocab_size,
+            decoder_history_len=self.context_size,
+            beam=beam,
+            max_contexts=max_contexts,
+            max_states=max_states,
+        )
+
+    def _start(self, encoder_out_BTC: Tensor) -> None:
+        graph = self._k2.trivial_graph(self._config.vocab_size - 1, encoder_out_BTC.device)
+        self._streams = [self._k2.RnntDecodingStream(graph) for _ in encoder_out_BTC]
+        # By stream: which frame of the encoder each frame of k2's was; None where it was none.
+        self._frames: list[list[int | None]] = [[] for _ in self._streams]
+
+    def _advance(self, encoder_TBJ: Tensor, active_T: list[int], order_B: Tensor) -> None:
+        seen_B, order = self.frames_seen_B.tolist(), order_B.tolist()
+        for first, end, A in _runs(active_T):
+            together = self._together(order[:A])
+            for t in range(first, end):
+                shape, context_NU = together.get_contexts()
+                encoder_NJ = encoder_TBJ[t].index_select(0, shape.row_ids(1).long())
+                together.advance(self._log_probs(encoder_NJ, self._predict(context_NU.long())))
+            together.terminate_and_flush_to_streams()
+            for b in order[:A]:
+                self._frames[b] += range(seen_B[b] + first, seen_B[b] + end)
+
+    def _together(self, members: list[int]):
+        return self._k2.RnntDecodingStreams([self._streams[b] for b in members], self._config)
+
+    def partial(self) -> list[Hypothesis]:
+        if self.batch_size is None:
+            return []
+        hypotheses = [Hypothesis() for _ in range(self.batch_size)]
+        begun = [b for b, frames in enumerate(self._frames) if frames]
+        if not begun:
+            return hypotheses
+        # k2 lets a path end in place of its last frame. So each gets one more, on which blank is
+        # certain, and which changes nothing if the search goes on.
+        together = self._together(begun)
+        _, context_NU = together.get_contexts()
+        shape = len(context_NU), self._config.vocab_size
+        certain_NV = torch.full(shape, float("-inf"), device=context_NU.device)
+        certain_NV[:, self.blank] = 0.0
+        together.advance(certain_NV)
+        together.terminate_and_flush_to_streams()
+        for b in begun:
+            self._frames[b].append(None)
+        lattices = together.format_output([len(self._frames[b]) for b in begun], True)
+        paths = self._k2.shortest_path(lattices, use_double_scores=True)
+        scores = paths.get_tot_scores(use_double_scores=True, log_semiring=False).tolist()
+        for number, (b, score) in enumerate(zip(begun, scores)):
+            hypotheses[b].log_prob = score
+            for frame, label in zip(self._frames[b], paths[number].labels.tolist()):
+                if frame is not None and label != self.blank:
+                    hypotheses[b].tokens.append(label)
+                    hypotheses[b].frames.append(frame)
         return hypotheses
 
 

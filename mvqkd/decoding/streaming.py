@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mvqkd.decoding.search import BeamSearch, GreedySearch, Hypothesis
+from mvqkd.decoding.search import BeamSearch, FastBeamSearch, GreedySearch, Hypothesis
 from mvqkd.students.conformer import StreamingEncoder, subsampled_lengths
 
 
@@ -20,7 +20,7 @@ def decode_streaming(
     chunk_size: int,
     left_context: int,
     right_context: int,
-    search: GreedySearch | BeamSearch,
+    search: GreedySearch | BeamSearch | FastBeamSearch,
 ) -> list[Hypothesis]:
     """Decode a batch of streams, each chunk as soon as its features are there.
 

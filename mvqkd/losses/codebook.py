@@ -31,7 +31,13 @@ class _IndependentLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x_BC: Tensor, weight_NKC: Tensor, bias_NK: Tensor, indexes_BN: Tensor, keep_BN: Tensor
+        ctx,
+        x_BC: Tensor,
+        weight_NKC: Tensor,
+        bias_NK: Tensor,
+        indexes_BN: Tensor,
+        keep_BN: Tensor,
+        grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
         N, K, C = weight_NKC.shape
         weight = weight_NKC.detach().reshape(N * K, C)
@@ -39,7 +45,8 @@ class _IndependentLoss(torch.autograd.Function):
         matmul_dtype = x_BC.dtype
         if torch.is_autocast_enabled(x_BC.device.type):
             matmul_dtype = torch.get_autocast_dtype(x_BC.device.type)
-        needs_grad = any(ctx.needs_input_grad[:3])
+        # Gradients are off in here, and what the inputs need does not depend on the caller's.
+        needs_grad = grad_enabled and any(ctx.needs_input_grad[:3])
         loss = torch.zeros((), device=x_BC.device, dtype=torch.float32)
         hits_N = torch.zeros(N, device=x_BC.device, dtype=torch.float32)
         with torch.autocast(x_BC.device.type, enabled=False):
@@ -89,6 +96,7 @@ class _IndependentLoss(torch.autograd.Function):
             grad_x * grad_loss.to(grad_x.dtype),
             grad_weight * grad_loss.to(grad_weight.dtype),
             grad_bias * grad_loss.to(grad_bias.dtype),
+            None,
             None,
             None,
         )
@@ -193,6 +201,7 @@ class JointCodebookLoss(nn.Module):
             self.linear2_bias,
             indexes_BN.masked_fill(~keep_BN, 0),
             keep_BN.float(),
+            torch.is_grad_enabled(),
         )
         accuracy_N = hits_N / keep_BN.sum(dim=0).clamp(min=1)
         return (loss / keep_BN.sum() if self.reduction == "mean" else loss), accuracy_N

@@ -27,6 +27,8 @@ Arguments that several functions share:
 - ``return_grad``: also return ``(px_grad, py_grad)``, the probability that a path takes each edge
   of the lattice; they carry no gradient.
 - ``backend``: ``native`` is this file, ``k2`` is k2, ``auto`` (the default) is k2 where it imports.
+  What k2 1.23.4 asserts against, an utterance without tokens or more tokens than frames say, is
+  computed here with any of them.
 
 An utterance for which no path exists (fewer frames than tokens with ``modified``, say) has loss
 +inf and no gradient. Half-precision inputs are computed in float32. Wrong shapes and values raise
@@ -36,6 +38,7 @@ Shapes: B utterances, T frames, S tokens, S1 = S + 1, V vocabulary with blank, D
 R prune range, T1 = T + 1 for regular and T otherwise, K steps of the lattice recursion.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -52,7 +55,7 @@ BACKENDS = ("auto", "native", "k2")
 
 
 @functools.cache
-def _import_k2():
+def import_k2():
     """k2, or None where it is missing or was built for another torch (tried once)."""
     try:
         return importlib.import_module("k2")
@@ -60,25 +63,58 @@ def _import_k2():
         return None
 
 
-def _with_backend(native: Callable) -> Callable:
-    """Give a function of this file the keyword ``backend``, which may hand the call to k2."""
+def _with_backend(is_of_k2: Callable[..., bool]) -> Callable:
+    """Give a function of this file the keyword ``backend``, which may hand the call to k2.
 
-    @functools.wraps(native)
-    def dispatch(*args, backend: str = "auto", **kwargs):
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-        k2 = None if backend == "native" else _import_k2()
-        if backend == "k2" and k2 is None:
-            raise ValueError("backend 'k2' was asked for, but k2 does not import; use 'native'")
-        function = native if k2 is None else getattr(k2, native.__name__)
-        return function(*args, **kwargs)
+    Args:
+      is_of_k2: whether k2 takes a call, by the arguments; what it cannot read, it may raise of.
+    """
 
-    signature = inspect.signature(native)
-    keyword = inspect.Parameter(
-        "backend", inspect.Parameter.KEYWORD_ONLY, default="auto", annotation=str
-    )
-    dispatch.__signature__ = signature.replace(parameters=[*signature.parameters.values(), keyword])
-    return dispatch
+    def decorate(native: Callable) -> Callable:
+        signature = inspect.signature(native)
+
+        @functools.wraps(native)
+        def dispatch(*args, backend: str = "auto", **kwargs):
+            if backend not in BACKENDS:
+                raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+            k2 = None if backend == "native" else import_k2()
+            if backend == "k2" and k2 is None:
+                raise ValueError("backend 'k2' was asked for, but k2 does not import; use 'native'")
+            function = native
+            if k2 is not None:
+                bound = signature.bind(*args, **kwargs)
+                bound.apply_defaults()
+                # Of wrong shapes the native function says what is wrong.
+                with contextlib.suppress(AttributeError, IndexError, RuntimeError):
+                    if is_of_k2(**bound.arguments):
+                        function = getattr(k2, native.__name__)
+            return function(*args, **kwargs)
+
+        keyword = inspect.Parameter(
+            "backend", inspect.Parameter.KEYWORD_ONLY, default="auto", annotation=str
+        )
+        parameters = [*signature.parameters.values(), keyword]
+        dispatch.__signature__ = signature.replace(parameters=parameters)
+        return dispatch
+
+    return decorate
+
+
+def _enough_for_k2(S: int, T: int) -> bool:
+    return 1 <= S <= T
+
+
+def _simple_of_k2(lm: Tensor, am: Tensor, **_) -> bool:
+    return _enough_for_k2(lm.shape[1] - 1, am.shape[1])
+
+
+def _pruned_of_k2(logits: Tensor, symbols: Tensor, **_) -> bool:
+    return _enough_for_k2(symbols.shape[1], logits.shape[1])
+
+
+def _ranges_of_k2(px_grad: Tensor, py_grad: Tensor, boundary: Tensor, s_range: int) -> bool:
+    (_, S, T1), T = px_grad.shape, py_grad.shape[2]
+    return _enough_for_k2(S, T) and s_range == _range_with_paths(s_range, S, T1 == T + 1, boundary)
 
 
 def _check(condition: bool, message: str) -> None:
@@ -204,21 +240,27 @@ def _walk_lattice(
     return score_B, px_grad, py_grad
 
 
+def _warn_of_no_triton(device: torch.device, error: Exception) -> None:
+    warnings.warn(f"no Triton on {device}: slower transducer loss: {error}", stacklevel=3)
+
+
 @functools.cache
 def _triton_kernels(device: torch.device):
     """The module `mvqkd.losses.rnnt_triton`, or None where its kernels do not run on the device.
 
-    Tried once: Triton needs a compiler and Python's headers, which need not be where torch is.
+    Tried once: Triton, and the compiler and Python's headers that it needs, need not be where
+    torch is.
     """
     try:
         kernels = importlib.import_module("mvqkd.losses.rnnt_triton")
-    except ImportError:
+    except ImportError as error:
+        _warn_of_no_triton(device, error)
         return None
     cell = torch.zeros(1, 1, 1, device=device)
     try:
         kernels.walk_lattice(cell[:, 1:], cell, torch.tensor([[0, 1]], device=device), True)
     except Exception as error:
-        warnings.warn(f"no Triton on {device}: slower transducer loss: {error}", stacklevel=2)
+        _warn_of_no_triton(device, error)
         return None
     return kernels
 
@@ -253,7 +295,7 @@ class _LatticeScore(torch.autograd.Function):
         return px_grad * scale, py_grad * scale, None, None
 
 
-@_with_backend
+@_with_backend(lambda px, **_: px.shape[1] >= 1)
 def mutual_information_recursion(
     px: Tensor, py: Tensor, boundary: Tensor | None = None, return_grad: bool = False
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -330,7 +372,7 @@ def _loss(
 # ---- the simple loss: the joiner is an addition --------------------------------------------------
 
 
-@_with_backend
+@_with_backend(_simple_of_k2)
 def get_rnnt_logprobs_smoothed(
     lm: Tensor,
     am: Tensor,
@@ -413,7 +455,7 @@ def get_rnnt_logprobs_smoothed(
     return px, py
 
 
-@_with_backend
+@_with_backend(_simple_of_k2)
 def rnnt_loss_smoothed(
     lm: Tensor,
     am: Tensor,
@@ -445,7 +487,7 @@ def rnnt_loss_smoothed(
     return _loss(px, py, boundary, delay_penalty, reduction, return_grad)
 
 
-@_with_backend
+@_with_backend(_simple_of_k2)
 def rnnt_loss_simple(
     lm: Tensor,
     am: Tensor,
@@ -481,7 +523,19 @@ def _running_min_from_right(x_BT: Tensor) -> Tensor:
     return x_BT.flip(1).cummin(1).values.flip(1)
 
 
-@_with_backend
+def _range_with_paths(s_range: int, S: int, regular: bool, boundary: Tensor) -> int:
+    """The range nearest to ``s_range`` that leaves each utterance a path, of S + 1 at most."""
+    smallest = 1
+    if regular and S > 0:
+        # A window begins up to R - 1 positions after the one before it, the first at 0: on t_end
+        # frames they come to (R - 1) * t_end. Without a frame there is no path in any range.
+        s_end_B, t_end_B = boundary[:, 2], boundary[:, 3]
+        steps_B = (s_end_B + t_end_B - 1) // t_end_B.clamp_min(1)
+        smallest = 1 + max(1, int((steps_B * (t_end_B > 0)).max()))
+    return min(max(s_range, smallest), S + 1)
+
+
+@_with_backend(_ranges_of_k2)
 def get_rnnt_prune_ranges(
     px_grad: Tensor, py_grad: Tensor, boundary: Tensor, s_range: int
 ) -> Tensor:
@@ -495,8 +549,10 @@ def get_rnnt_prune_ranges(
       px_grad: (B, S, T+1) for regular or (B, S, T) otherwise, from ``return_grad``.
       py_grad: (B, S+1, T).
       boundary: (B, 4) int64.
-      s_range: R, positions to keep a frame. Changed with a warning where it is above S + 1, or
-        below 2 for regular (1 otherwise), below which no path survives.
+      s_range: R, positions to keep a frame. Changed with a warning where it is above S + 1, or so
+        small that an utterance is left without a path: below 2 and below ``ceil(s_end / t_end) +
+        1`` of any of them for regular, below 1 otherwise (below 2 no path of the constrained type
+        survives, which cannot be told from modified here).
 
     Returns:
       (B, T, R) int64, consecutive positions in 0..S.
@@ -511,11 +567,15 @@ def get_rnnt_prune_ranges(
     _check(boundary is not None, "boundary is needed for the prune ranges")
     _check_boundary(boundary, B)
     regular = T1 == T + 1
-    R = min(max(s_range, 2 if regular else 1), S + 1)
+    R = _range_with_paths(s_range, S, regular, boundary)
     if s_range < R:
-        warnings.warn("s_range is too small for any path to survive: raised", stacklevel=3)
-    elif s_range > S + 1:
-        warnings.warn("s_range exceeds the tokens of the batch + 1: lowered to it", stacklevel=3)
+        warnings.warn(
+            f"s_range: {s_range} leaves an utterance without a path: raised to {R}", stacklevel=3
+        )
+    elif s_range > R:
+        warnings.warn(
+            f"s_range: {s_range} exceeds the tokens of the batch + 1: lowered to {R}", stacklevel=3
+        )
 
     # A token that enters the window's first position was emitted from outside of it.
     window_BWT = py_grad.unfold(1, R, 1).sum(3)
@@ -534,7 +594,7 @@ def get_rnnt_prune_ranges(
     return begin_BT[:, :, None] + torch.arange(R, device=py_grad.device)
 
 
-@_with_backend
+@_with_backend(lambda **_: True)
 def do_rnnt_pruning(am: Tensor, lm: Tensor, ranges: Tensor) -> tuple[Tensor, Tensor]:
     """Encoder and predictor outputs, paired as the joiner needs them.
 
@@ -579,7 +639,7 @@ class _LogSoftmaxGather(torch.autograd.Function):
         return logits_grad.to(logits.dtype), None
 
 
-@_with_backend
+@_with_backend(_pruned_of_k2)
 def get_rnnt_logprobs_pruned(
     logits: Tensor,
     symbols: Tensor,
@@ -611,6 +671,8 @@ def get_rnnt_logprobs_pruned(
     )
     S1 = symbols.shape[1] + 1
     _check(R <= S1, f"logits keep {R} positions a frame, but there are only S+1 = {S1}")
+    if rnnt_type == "constrained" and R == 1 < S1:
+        warnings.warn("ranges of 1 hold no constrained path: take an s_range of 2", stacklevel=3)
     _check(0 <= termination_symbol < V, f"termination_symbol must be in 0..{V - 1}")
     _check_boundary(boundary, B)
 
@@ -632,7 +694,7 @@ def get_rnnt_logprobs_pruned(
     return px, py
 
 
-@_with_backend
+@_with_backend(_pruned_of_k2)
 def rnnt_loss_pruned(
     logits: Tensor,
     symbols: Tensor,

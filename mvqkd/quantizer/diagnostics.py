@@ -99,7 +99,8 @@ def check_diagnostics(diagnostics: dict[str, Any]) -> None:
     if not rrl <= 1.0:
         raise RecipeError(
             f"{name}: RRL {rrl:.2f} after {rounds} rounds, worse than the mean alone; likely too "
-            "few training steps, or a layer of very large or small values (set standardize: true)"
+            "few frames to train on (take more utterances), a layer of very large or small values "
+            "that is not normalized (set standardize: true), or too few training steps"
         )
     least = min(_LEAST_ENTROPY_BITS, 0.5 * diagnostics["entropy_bits_max"])
     unused = [n for n, bits in enumerate(diagnostics["entropy_bits"]) if bits < least]

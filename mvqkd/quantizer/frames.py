@@ -5,7 +5,9 @@ Frames are (F, D): a tensor, a NumPy or memory-mapped array, or an HDF5 dataset.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import bisect
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,32 @@ def check_frames(
       RecipeError: too few frames, or one with NaN or infinity, the first of which are named.
     """
     require_frames(frames_FD, least, name)
+    _refuse_not_finite(frames_FD, name, first, describe)
+
+
+def require_finite(
+    frames_FD: Tensor, name: str, utterances: Sequence[str], counts: Sequence[int]
+) -> None:
+    """
+    Args:
+      frames_FD: those of some utterances one after the other.
+      name: what they are, for the message.
+      utterances, counts: their ids, and how many frames each has.
+    Raises:
+      RecipeError: a frame with NaN or infinity; its utterance is named.
+    """
+    ends = list(itertools.accumulate(counts))
+
+    def describe(number: int) -> str:
+        place = bisect.bisect_right(ends, number)
+        return f"cut {utterances[place]} frame {number - ends[place] + counts[place]}"
+
+    _refuse_not_finite(frames_FD, name, 0, describe)
+
+
+def _refuse_not_finite(
+    frames_FD: Tensor, name: str, first: int, describe: Callable[[int], str]
+) -> None:
     wrong_F = ~torch.isfinite(frames_FD).all(dim=1)
     if bool(wrong_F.any()):
         numbers = (wrong_F.nonzero()[:, 0] + first).tolist()

@@ -28,6 +28,9 @@ from mvqkd.quantizer.search import SearchTables
 # The scales are learned as scale = exp(10 * parameter): a higher learning rate for them.
 _SCALE_SPEED = 10.0
 
+# Of the hypotheses of a beam search.
+MAX_BEAM = 256
+
 _STATE_KEYS = (
     "to_logits.weight",
     "to_logits.bias",
@@ -38,7 +41,11 @@ _STATE_KEYS = (
 )
 
 
-def _require_power_of_two(**values: int) -> None:
+def require_power_of_two(**values: int) -> None:
+    """
+    Raises:
+      RecipeError: a number of codebooks or entries, given by its name in the conf, is none.
+    """
     for name, value in values.items():
         if value < 1 or value & (value - 1):
             raise RecipeError(
@@ -71,7 +78,7 @@ class Quantizer(nn.Module):
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        _require_power_of_two(codebook_size=codebook_size, num_codebooks=num_codebooks)
+        require_power_of_two(codebook_size=codebook_size, num_codebooks=num_codebooks)
         self.dim, self.codebook_size, self.num_codebooks = dim, codebook_size, num_codebooks
         self.scale_speed = _SCALE_SPEED
         self.to_logits = nn.Linear(dim, codebook_size * num_codebooks)
@@ -88,7 +95,8 @@ class Quantizer(nn.Module):
         self.register_buffer(
             "id_buf", torch.tensor(list(os.urandom(4).hex().encode()), dtype=torch.uint8)
         )
-        # Hypotheses of the beam search that finds the first indexes; 0: the linear layer does.
+        # Hypotheses of the beam search that finds the first indexes; 0: the linear layer does. It
+        # is no weight, as the authors' package would not load a file that has it.
         self.beam = 0
         self._tables: SearchTables | None = None
         self._tables_key: tuple | None = None
@@ -101,22 +109,47 @@ class Quantizer(nn.Module):
         return bytes(self.id_buf.tolist()).decode()
 
     def set_id_from_weights(self) -> None:
-        """Name the quantizer by its weights, so that equal training gives an equal name."""
+        """Name the quantizer by its weights and its `beam`, so that equal training gives an equal
+        name."""
         name = self.weights_sha256()[:8].encode()
         self.id_buf.copy_(torch.tensor(list(name), dtype=torch.uint8))
 
     def weights_sha256(self) -> str:
-        """SHA-256 of all weights (name, shape and float32 bytes), the id left out."""
+        """SHA-256 of all weights (name, shape and float32 bytes), the id left out, and of `beam`
+        unless it is 0: all that the indexes of a frame depend on."""
+        return self._sha256_with(self.beam, self._weights_digest())
+
+    @staticmethod
+    def _sha256_with(beam: int, digest: hashlib._Hash) -> str:
+        if beam:
+            digest = digest.copy()
+            digest.update(f"beam {beam}\n".encode())
+        return digest.hexdigest()
+
+    def set_beam_from_id(self) -> None:
+        """Take the `beam` for which `set_id_from_weights` gave the quantizer its id; 0 where it
+        was named otherwise, as the authors' package does."""
+        digest = self._weights_digest()
+        named = (
+            b for b in range(MAX_BEAM + 1) if self._sha256_with(b, digest)[:8] == self.get_id()
+        )
+        self.beam = next(named, 0)
+
+    def _weights_digest(self) -> hashlib._Hash:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             if name != "id_buf":
                 values = tensor.detach().to("cpu", torch.float32).contiguous()
                 digest.update(f"{name} {tuple(values.shape)}\n".encode())
                 digest.update(values.numpy().astype("<f4").tobytes())
-        return digest.hexdigest()
+        return digest
 
     def get_centers(self) -> Tensor:
         """The centers in use, (N, K, D): the parameter times its scale."""
+        if torch.is_grad_enabled() and self.centers.requires_grad:
+            # A step of training may follow, and fused optimizers change the centers without a
+            # new version number.
+            self._tables = None
         return (self.centers_scale * self.scale_speed).exp() * self.centers
 
     def get_data_mean(self) -> Tensor:
@@ -286,12 +319,9 @@ class Quantizer(nn.Module):
         logits_BNK = self._logits(x_BD).unflatten(1, (self.num_codebooks, -1))
         indexes_BN = logits_BNK.detach().argmax(dim=2)
         if refine_indexes_iters > 0 or self.beam > 0:
-            if torch.is_grad_enabled():
-                # A step of training may follow, and fused optimizers change the centers without
-                # a new version number.
-                tables, self._tables = self._make_tables(), None
-            else:
-                tables = self.search_tables()
+            # New ones in training: a step may have been made since the last were (`get_centers`).
+            in_training = torch.is_grad_enabled() and self.centers.requires_grad
+            tables = self._make_tables() if in_training else self.search_tables()
             with torch.autocast(x_BD.device.type, enabled=False):
                 x_BD_float = x_BD.detach().float()
                 if self.beam > 0:
@@ -345,7 +375,7 @@ def save_quantizer(path: Path | str, quantizer: Quantizer, meta: dict[str, Any])
 
     ``path`` is a torch file that ``multi_quantization.Quantizer`` loads too. The sidecar holds
     ``meta`` (``teacher``, ``layer``, ``mean`` and ``std`` of the training frames ...: JSON values
-    or 1-dim tensors), and the quantizer's id, weights' SHA-256, D, N and K.
+    or 1-dim tensors), and the quantizer's id, SHA-256, D, N, K and beam.
     """
     path = Path(path)
     with written_aside(path) as aside:
@@ -364,11 +394,11 @@ def load_quantizer(path: Path | str) -> tuple[Quantizer, dict[str, Any]]:
     Returns:
       the quantizer on the CPU in eval mode, and the sidecar's values, with ``mean`` and ``std``
       as float32 tensors (D,). A file without a sidecar, as ``multi_quantization`` leaves, gives
-      only what the weights tell: ``quantizer_id``, ``sha256``, ``dim``, ``num_codebooks``,
-      ``codebook_size``.
+      only what the weights and the id tell: ``quantizer_id``, ``sha256``, ``dim``,
+      ``num_codebooks``, ``codebook_size``, ``beam``.
     Raises:
       RecipeError: a file that is missing, damaged, cut short or no quantizer, or a sidecar of
-      other weights.
+      other weights or another beam.
     """
     path = Path(path)
     remake = "train the quantizer again (stage 4) or copy the file again"
@@ -381,21 +411,22 @@ def load_quantizer(path: Path | str) -> tuple[Quantizer, dict[str, Any]]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RecipeError(f"{path}: damaged or cut short ({reason}); {remake}") from error
     quantizer = _from_state(path, state, remake)
-    facts = _own_facts(quantizer)
     sidecar = _sidecar(path)
     if not sidecar.exists():
-        return quantizer, facts
+        quantizer.set_beam_from_id()
+        return quantizer, _own_facts(quantizer)
     try:
         meta = json.loads(sidecar.read_text())
-        sha256 = meta["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+        sha256 = str(meta["sha256"])
+        quantizer.beam = int(meta.get("beam", 0))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(f"{sidecar}: damaged or cut short; {remake}") from error
+    facts = _own_facts(quantizer)
     if sha256 != facts["sha256"]:
         raise RecipeError(
-            f"{path}: weights hash to {facts['sha256'][:12]}, but {sidecar.name} was written for "
-            f"{sha256[:12]}; {remake}, both files together"
+            f"{path}: weights and beam hash to {facts['sha256'][:12]}, but {sidecar.name} was "
+            f"written for {sha256[:12]}; {remake}, both files together"
         )
-    quantizer.beam = meta.get("beam", 0)
     for name in ("mean", "std"):
         if isinstance(meta.get(name), list):
             meta[name] = torch.tensor(meta[name], dtype=torch.float32)

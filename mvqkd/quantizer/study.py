@@ -15,7 +15,7 @@ import torch
 
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
-from mvqkd.quantizer.diagnostics import diagnose
+from mvqkd.quantizer.diagnostics import check_diagnostics, diagnose
 from mvqkd.quantizer.frames import frame_statistics
 from mvqkd.quantizer.trainer import QuantizerSettings, train_quantizer
 from mvqkd.teachers.embeddings import open_sample
@@ -55,10 +55,10 @@ def study(
       device: where to train.
     Returns:
       plain JSON values: ``layer``, ``num_codebooks``, ``settings``, and a list ``quantizers`` of
-      ``layer``, ``num_codebooks``, ``rrl`` by rounds of refinement and ``variance_kept``, 1 less
-      the RRL after the most rounds.
+      ``layer``, ``num_codebooks``, ``rrl`` by rounds of refinement, ``variance_kept``, 1 less
+      the RRL after the most rounds, and ``problem``: why stage 4 would refuse it, or None.
     Raises:
-      RecipeError: no such layer, or a ``study.json`` of other settings.
+      RecipeError: no such layer or number of codebooks, or a ``study.json`` of other settings.
     """
     layers = wanted.layers or list(range(1, num_layers + 1))
     if wrong := [number for number in (layer, *layers) if not 1 <= number <= num_layers]:
@@ -74,6 +74,11 @@ def study(
         found = _go_on(path, found)
     jobs: dict[int, list[int]] = {number: [settings.num_codebooks] for number in layers}
     jobs[layer] = sorted({*jobs.get(layer, []), *wanted.num_codebooks})
+    quantizers = {
+        size: dataclasses.replace(settings, num_codebooks=size)
+        for sizes in jobs.values()
+        for size in sizes
+    }
     done = {(q["layer"], q["num_codebooks"]) for q in found["quantizers"]}
     for number, sizes in sorted(jobs.items()):
         sizes = [size for size in sizes if (number, size) not in done]
@@ -82,12 +87,13 @@ def study(
         embeddings = out_dir / f"layer-{number}.h5"
         sample(number, embeddings)
         for size in sizes:
-            own = dataclasses.replace(settings, num_codebooks=size)
-            rrl = unseen_rrl(embeddings, own, device)
+            rrl, problem = unseen_rrl(embeddings, quantizers[size], device)
             kept = 1.0 - rrl[max(rrl, key=int)]
             logging.info(f"layer {number}, N = {size}: {100 * kept:.1f}% of the variance kept")
+            if problem:
+                logging.warning(f"layer {number}, N = {size}: {problem}")
             entry = {"layer": number, "num_codebooks": size, "rrl": rrl, "variance_kept": kept}
-            found["quantizers"].append(entry)
+            found["quantizers"].append({**entry, "problem": problem})
             with written_aside(path) as aside:
                 aside.write_text(json.dumps(found, indent=1) + "\n")
         # Of a large teacher some GB for each layer.
@@ -107,8 +113,11 @@ def _go_on(path: Path, fresh: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def unseen_rrl(path: Path, settings: QuantizerSettings, device: torch.device) -> dict[str, float]:
-    """By rounds of refinement, that of a quantizer trained on what `sample_embeddings` wrote."""
+def unseen_rrl(
+    path: Path, settings: QuantizerSettings, device: torch.device
+) -> tuple[dict[str, float], str | None]:
+    """By rounds of refinement, that of a quantizer trained on what `sample_embeddings` wrote; and
+    what `check_diagnostics` has against it, or None."""
     with open_sample(path) as (train, unseen, _):
         statistics = frame_statistics(train.frames, train.name, train.describe)
         quantizer = train_quantizer(
@@ -121,7 +130,11 @@ def unseen_rrl(path: Path, settings: QuantizerSettings, device: torch.device) ->
             name=unseen.name,
             describe=unseen.describe,
         )
-    return found["rrl"]
+    try:
+        check_diagnostics(found)
+    except RecipeError as error:
+        return found["rrl"], str(error)
+    return found["rrl"], None
 
 
 def plot_study(found: dict[str, Any], png_path: Path | str) -> None:

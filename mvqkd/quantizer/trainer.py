@@ -31,7 +31,7 @@ from mvqkd.quantizer.frames import (
     random_rows,
     require_frames,
 )
-from mvqkd.quantizer.quantizer import Quantizer
+from mvqkd.quantizer.quantizer import MAX_BEAM, Quantizer, require_power_of_two
 
 _ENTROPY_SCALE = 0.01  # of the entropy term in the paper's loss
 _REPORT_ROUNDS = 5  # the RRL is reported for 0 to this many rounds
@@ -82,6 +82,27 @@ class QuantizerSettings:
     beam: int = 0
     logits_iters: int = 100
 
+    def __post_init__(self) -> None:
+        """
+        Raises:
+          RecipeError: sizes that no quantizer can have, or values that do not go together.
+        """
+        require_power_of_two(num_codebooks=self.num_codebooks, codebook_size=self.codebook_size)
+        if not 0 <= self.beam <= MAX_BEAM:
+            raise RecipeError(f"beam: {self.beam} is not in 0..{MAX_BEAM}; 0 is no beam search")
+        if self.trainer == "paper":
+            _sub_size(self.codebook_size)
+            if self.beam:
+                raise RecipeError(
+                    f"beam: {self.beam} with trainer: paper, whose codebooks have no order for a "
+                    "beam search; set trainer: lsq, or beam: 0"
+                )
+        elif self.lsq_frames < self.codebook_size:
+            raise RecipeError(
+                f"lsq_frames: {self.lsq_frames} frames for {self.codebook_size} entries; set it "
+                "higher"
+            )
+
 
 def _sub_size(codebook_size: int) -> int:
     root = math.isqrt(codebook_size)
@@ -114,6 +135,8 @@ class QuantizerTrainer:
       lr: learning rate of phase one; phase two starts with half of it.
       seed: of all draws; the same seed and frames give the same quantizer.
       codebook_size: K; phase one has codebooks of sqrt(K) entries.
+    Raises:
+      RecipeError: N is not a power of two, or K not the square of one.
 
     >>> trainer = QuantizerTrainer(dim=192, bytes_per_frame=8, device=torch.device("cpu"))
     >>> while not trainer.done():
@@ -132,6 +155,7 @@ class QuantizerTrainer:
         seed: int = 0,
         codebook_size: int = 256,
     ):
+        require_power_of_two(bytes_per_frame=bytes_per_frame, codebook_size=codebook_size)
         self.dim, self.num_codebooks, self.codebook_size = dim, bytes_per_frame, codebook_size
         self.phase_one_iters, self.phase_two_iters = phase_one_iters, phase_two_iters
         self.lr, self.device = lr, torch.device(device)
@@ -280,6 +304,10 @@ class LeastSquaresTrainer:
         """The trained quantizer, named by its weights."""
         if not self.done():
             raise RuntimeError(f"{self.num_steps - self.cur_iter} training steps are left")
+        return self.quantizer_so_far()
+
+    def quantizer_so_far(self) -> Quantizer:
+        """What the steps made so far give: at least the start."""
         quantizer = fold_normalization(self.quantizer, self._mean_D, self._deviation)
         quantizer.set_id_from_weights()
         return quantizer
@@ -652,10 +680,6 @@ class _LeastSquaresRun:
 
     def __init__(self, frames, settings, device, name):
         count = min(settings.lsq_frames, len(frames))
-        if count < settings.codebook_size:
-            raise RecipeError(
-                f"lsq_frames: {count} frames for {settings.codebook_size} entries; set it higher"
-            )
         sample = random_rows(frames, count, settings.seed, name)
         self.trainer = LeastSquaresTrainer(sample, settings, device)
 

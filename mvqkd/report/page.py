@@ -23,6 +23,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from lhotse.cut import Cut
 from markupsafe import Markup
 
+from mvqkd.data import SAMPLE_RATE
 from mvqkd.data.audio import load_audio
 from mvqkd.decoding.scoring import align_words
 from mvqkd.errors import RecipeError
@@ -235,10 +236,10 @@ def _add_media(
             logging.warning(f"report: no spectrograms and no sound: {error}")
             return str(error)
         if place < settings.spectrograms:
-            picture = spectrogram_webp(samples_L, cut.sampling_rate)
+            picture = spectrogram_webp(samples_L, SAMPLE_RATE)
             utterance.picture = data_uri("image/webp", picture)
         if place < settings.audio:
-            utterance.sound = data_uri("audio/mpeg", mp3(samples_L, cut.sampling_rate))
+            utterance.sound = data_uri("audio/mpeg", mp3(samples_L, SAMPLE_RATE))
     return None
 
 

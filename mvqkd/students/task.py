@@ -15,6 +15,7 @@ from mvqkd.decoding.scoring import Result, word_error_rate
 from mvqkd.decoding.search import greedy_search_batch
 from mvqkd.losses.distillation import Distillation
 from mvqkd.processes import gathered, num_processes, rank
+from mvqkd.students.conformer import subsampled_lengths
 from mvqkd.students.transducer import Transducer, TransducerSettings
 
 SIMPLE_LOSS_SCALE = 0.5
@@ -68,22 +69,23 @@ class StudentTask:
         loss = SIMPLE_LOSS_SCALE * simple
         if scale > 0:
             loss = loss + scale * pruned
-        figures = {"simple": simple.item(), "pruned": pruned.item()}
+        found = {"simple": simple, "pruned": pruned}
         # Figures are shown per encoder frame, as icefall shows them.
-        weight = float(output.encoder_lens_B.sum())
+        weight = float(subsampled_lengths(batch.lengths_B).sum())
         if self._distillation is not None:
             distilled = self._distillation.losses(
                 output.middle_outputs, output.encoder_lens_B, self._labels(batch), warps
             )
             for name, (term_loss, accuracy_N) in distilled.items():
                 loss = loss + term_loss
-                figures[f"{name}distillation"] = term_loss.item()
+                found[f"{name}distillation"] = term_loss
                 if accuracy_N is not None:
                     # Accuracies are no sums: weighted, they are averaged over the frames.
-                    for n, accuracy in enumerate(accuracy_N.tolist()):
-                        figures[f"{name}accuracy-{n}"] = accuracy * weight
-        figures["weight"] = weight
-        return loss, figures
+                    for n, accuracy in enumerate(accuracy_N.double() * weight):
+                        found[f"{name}accuracy-{n}"] = accuracy
+        # All at once: each look at a number waits for the GPU.
+        values = torch.stack([value.detach().double() for value in found.values()]).tolist()
+        return loss, {**dict(zip(found, values)), "weight": weight}
 
     def _labels(self, batch: StudentBatch) -> dict[str, torch.Tensor]:
         """Stored, and from the teachers in the loop."""

@@ -52,38 +52,52 @@ class Teacher(nn.Module):
 
     def _prepared(self, waveforms_BL: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """What is done to whole utterances; padding is 0 afterwards."""
+        lengths_B = lengths_B.to(waveforms_BL.device, non_blocking=True)
         inside_BL = torch.arange(waveforms_BL.shape[1], device=waveforms_BL.device)
         return waveforms_BL.masked_fill(inside_BL[None] >= lengths_B[:, None], 0)
 
     def _layers(
         self, prepared_BL: torch.Tensor, lengths_B: torch.Tensor, layers: Sequence[int]
     ) -> list[torch.Tensor]:
-        """Output (B, T, D) of each of ``layers``, for utterances of at most ``window_frames``."""
+        """Output (B, T, D) of each of ``layers``, for utterances of at most ``window_frames``.
+
+        ``lengths_B`` is on the CPU, so that asking for one does not wait for a GPU.
+        """
         raise NotImplementedError
 
     @torch.inference_mode()
     def embed(
-        self, waveforms_BL: torch.Tensor, lengths_B: torch.Tensor, layer: int
+        self,
+        waveforms_BL: torch.Tensor,
+        lengths_B: torch.Tensor,
+        layer: int,
+        dtype: torch.dtype = torch.float32,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output of ``layer``, before any final layer norm. Layers above it are not run.
 
         Args:
           waveforms_BL: 16 kHz, in [-1, 1], padded with anything.
-          lengths_B: samples.
+          lengths_B: samples; on the CPU, or where the waveforms are.
           layer: from 1.
+          dtype: that matrices are multiplied in; what comes out is float32 in any case.
 
         Returns:
-          (embeddings_BTD, lengths_B in frames); what lies past a length is undefined.
+          (embeddings_BTD, lengths_B in frames, where the argument is); what lies past a length is
+          undefined.
 
         Raises:
           RecipeError: no such layer, or an utterance too short for one frame.
         """
-        (embeddings_BTD,), frames_B = self.embed_layers(waveforms_BL, lengths_B, [layer])
+        (embeddings_BTD,), frames_B = self.embed_layers(waveforms_BL, lengths_B, [layer], dtype)
         return embeddings_BTD, frames_B
 
     @torch.inference_mode()
     def embed_layers(
-        self, waveforms_BL: torch.Tensor, lengths_B: torch.Tensor, layers: Sequence[int]
+        self,
+        waveforms_BL: torch.Tensor,
+        lengths_B: torch.Tensor,
+        layers: Sequence[int],
+        dtype: torch.dtype = torch.float32,
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """As `embed`, for several layers in one pass.
 
@@ -92,21 +106,39 @@ class Teacher(nn.Module):
         """
         for layer in layers:
             self.check_layer(layer)
-        frames = [self.num_frames(int(n)) for n in lengths_B]
+        on_cpu_B = lengths_B.cpu()
+        frames = [self.num_frames(n) for n in on_cpu_B.tolist()]
         if min(frames) < 1:
+            self.check_length("an utterance", int(on_cpu_B.min()))
+        prepared_BL = self._prepared(waveforms_BL, on_cpu_B)
+        device = waveforms_BL.device.type
+        # Float32 is left to who calls: a student in training may be in half precision around this.
+        with contextlib.ExitStack() as stack:
+            if dtype != torch.float32:
+                stack.enter_context(torch.autocast(device, dtype))
+            if max(frames) <= self.window_frames:
+                embeddings = self._layers(prepared_BL, on_cpu_B, layers)
+            else:
+                whole = zip(prepared_BL, on_cpu_B)
+                alone = [self._in_windows(x_L[:n], layers) for x_L, n in whole]
+                embeddings = [
+                    nn.utils.rnn.pad_sequence(of_layer, batch_first=True)
+                    for of_layer in zip(*alone)
+                ]
+        return [x_BTD.float() for x_BTD in embeddings], torch.tensor(
+            frames, device=lengths_B.device
+        )
+
+    def check_length(self, utterance: str, num_samples: int) -> None:
+        """
+        Raises:
+          RecipeError: ``utterance`` is too short for one frame.
+        """
+        if self.num_frames(num_samples) < 1:
             raise RecipeError(
-                f"teacher {self.name}: an utterance of {int(lengths_B.min())} samples is shorter "
-                f"than one frame ({self.receptive_field}); remove it"
+                f"{utterance}: {num_samples} samples are shorter than one frame of teacher "
+                f"{self.name} ({self.receptive_field}); remove it"
             )
-        prepared_BL = self._prepared(waveforms_BL, lengths_B)
-        if max(frames) <= self.window_frames:
-            embeddings = self._layers(prepared_BL, lengths_B, layers)
-        else:
-            alone = [self._in_windows(x_L[:n], layers) for x_L, n in zip(prepared_BL, lengths_B)]
-            embeddings = [
-                nn.utils.rnn.pad_sequence(of_layer, batch_first=True) for of_layer in zip(*alone)
-            ]
-        return embeddings, torch.tensor(frames, device=embeddings[0].device)
 
     def check_layer(self, layer: int) -> None:
         """
@@ -122,7 +154,7 @@ class Teacher(nn.Module):
         window_samples = (self.window_frames - 1) * self.stride + self.receptive_field
         while True:
             samples_L = prepared_L[first * self.stride :][:window_samples]
-            length_1 = torch.tensor([len(samples_L)], device=samples_L.device)
+            length_1 = torch.tensor([len(samples_L)])
             is_last = first + self.window_frames >= num_frames
             end = self.num_frames(len(samples_L))
             kept = slice(

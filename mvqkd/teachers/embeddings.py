@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from lhotse import CutSet
 
-from mvqkd.data.audio import bucketed_batches, collate_audio
+from mvqkd.data.audio import bucketed_batches, check_bad, collate_good, list_bad
+from mvqkd.device import Precision, matrix_dtype
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
+from mvqkd.quantizer.frames import require_finite
 from mvqkd.teachers.base import Teacher
 
 
@@ -31,6 +33,10 @@ class SampleSettings:
     num_unseen: int = 50
     max_duration: float = 100
     seed: int = 1
+    # Of the teacher's matrices; see `matrix_dtype`.
+    precision: Precision = "auto"
+    # Share of the sample that may be broken; it is left out and listed.
+    max_bad_share: float = 0.01
 
 
 def sample_embeddings(
@@ -60,8 +66,11 @@ def sample_layers(
     The speech goes through the teacher once, and no more than a batch is held in memory.
     `open_sample` reads the files.
 
+    Utterances whose audio cannot be read, or is too short for a frame, are left out, and listed in
+    ``bad-utterances.txt`` beside the files.
+
     Raises:
-      RecipeError: fewer than two utterances.
+      RecipeError: fewer than two utterances, too many bad ones, or a frame with NaN or infinity.
     """
     everything = list(cuts)
     order = np.random.default_rng(settings.seed).permutation(len(everything))
@@ -72,6 +81,8 @@ def sample_layers(
             "sample.num_utterances: the sample has fewer than 2 utterances, one to train and one "
             "to measure on; raise it, or give more speech"
         )
+    dtype = matrix_dtype(settings.precision, device)
+    bad: dict[str, str] = {}
     started, done = time.monotonic(), 0.0
     with contextlib.ExitStack() as stack:
         files = {
@@ -90,21 +101,29 @@ def sample_layers(
             utterances, starts, end = [], [], 0
             batches = bucketed_batches(CutSet.from_cuts(part), settings.max_duration, 0, 0)
             for batch_cuts in batches:
-                batch = collate_audio(batch_cuts)
+                batch, wrong = collate_good(batch_cuts, teacher.check_length)
+                bad.update(wrong)
+                check_bad(bad, len(chosen), settings.max_bad_share, "sample.yaml")
+                if batch is None:
+                    continue
                 embeddings, frames_B = teacher.embed_layers(
-                    batch.waveforms_BL.to(device), batch.lengths_B.to(device), list(files)
+                    batch.waveforms_BL.to(device), batch.lengths_B, list(files), dtype
                 )
                 frames_B = frames_B.tolist()
-                utterances += [cut.id for cut in batch_cuts]
+                utterances += batch.ids
                 starts += [end + before for before in itertools.accumulate([0, *frames_B[:-1]])]
-                for file, embeddings_BTD in zip(files.values(), embeddings):
+                for (layer, file), embeddings_BTD in zip(files.items(), embeddings):
                     frames = file[name]
                     frames.resize(end + sum(frames_B), axis=0)
                     # An utterance at a time: together they could be too much to copy.
-                    for start, embeddings_TD, count in zip(
-                        starts[-len(frames_B) :], embeddings_BTD, frames_B
+                    for cut_id, start, embeddings_TD, count in zip(
+                        batch.ids, starts[-len(frames_B) :], embeddings_BTD, frames_B
                     ):
-                        frames[start : start + count] = embeddings_TD[:count].float().cpu().numpy()
+                        embeddings_TD = embeddings_TD[:count].float().cpu()
+                        require_finite(
+                            embeddings_TD, f"layer {layer} of {teacher.name}", [cut_id], [count]
+                        )
+                        frames[start : start + count] = embeddings_TD.numpy()
                 end += sum(frames_B)
                 done += sum(cut.duration for cut in batch_cuts)
             for file in files.values():
@@ -119,6 +138,8 @@ def sample_layers(
             file.attrs["layer"] = layer
             file.attrs["frame_shift"] = teacher.frame_shift
             file.attrs["frame_offset"] = teacher.frame_offset
+    for folder in {out.parent for out in outs.values()}:
+        list_bad(bad, folder / "bad-utterances.txt")
 
 
 @dataclass

@@ -88,6 +88,7 @@ class HubertTeacher(Teacher):
 
     def _prepared(self, waveforms_BL: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """Zero mean and unit variance over each utterance, if the checkpoint asks for it."""
+        lengths_B = lengths_B.to(waveforms_BL.device, non_blocking=True)
         waveforms_BL = super()._prepared(waveforms_BL, lengths_B)
         if not self.do_normalize:
             return waveforms_BL
@@ -112,15 +113,23 @@ class HubertTeacher(Teacher):
         lengths_B: torch.Tensor,
         layers: Sequence[int],
         mask_inputs: bool | torch.Tensor,
+        residual_dtype: torch.dtype | None = None,
     ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        """Outputs of ``layers``, final output, frames.
+
+        Args:
+          residual_dtype: of what each layer adds to; None: as autocast has it.
+        """
         body = self.model.base_model
         features_BTC = self._features(prepared_BL, lengths_B)
-        frames_B = torch.tensor([self.num_frames(int(n)) for n in lengths_B])
-        frames_B = frames_B.to(features_BTC.device)
+        frames_B = torch.tensor([self.num_frames(n) for n in lengths_B.tolist()])
+        frames_B = frames_B.to(features_BTC.device, non_blocking=True)
         inside_BT = torch.arange(features_BTC.shape[1], device=frames_B.device) < frames_B[:, None]
         hidden_BTD = body.feature_projection(features_BTC)
         if isinstance(hidden_BTD, tuple):  # all but HuBERT give what they projected too
             hidden_BTD = hidden_BTD[0]
+        if residual_dtype is not None:
+            hidden_BTD = hidden_BTD.to(residual_dtype)
         if isinstance(mask_inputs, torch.Tensor):
             masked_D = body.masked_spec_embed.to(hidden_BTD.dtype)
             hidden_BTD = torch.where(mask_inputs[..., None], masked_D, hidden_BTD)
@@ -153,7 +162,8 @@ class HubertTeacher(Teacher):
     def _layers(
         self, prepared_BL: torch.Tensor, lengths_B: torch.Tensor, layers: Sequence[int]
     ) -> list[torch.Tensor]:
-        return self._encode(prepared_BL, lengths_B, layers, False)[0]
+        # Under autocast without layer norm at the input, dozens of layers would add to bfloat16.
+        return self._encode(prepared_BL, lengths_B, layers, False, torch.float32)[0]
 
     def ctc_logits(
         self, waveforms_BL: torch.Tensor, lengths_B: torch.Tensor, mask_inputs: bool = False

@@ -43,7 +43,8 @@ class Mfcc(Teacher):
     def _layers(
         self, prepared_BL: torch.Tensor, lengths_B: torch.Tensor, layers: Sequence[int]
     ) -> list[torch.Tensor]:
-        cepstra_BTC = self._mfcc(prepared_BL)
+        with torch.autocast(prepared_BL.device.type, enabled=False):  # spectra need float32
+            cepstra_BTC = self._mfcc(prepared_BL)
         embeddings = []
         for cepstra_TC, length in zip(cepstra_BTC, lengths_B.tolist()):
             # Differences at an utterance's end must not see the padding.

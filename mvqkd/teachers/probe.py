@@ -165,7 +165,9 @@ def probe_teacher(
                 settings,
                 device,
             )
-            rrl = unseen_rrl(paths[layer], quantizer, device)
+            rrl, problem = unseen_rrl(paths[layer], quantizer, device)
+            if problem:
+                logging.warning(f"layer {layer}: {problem}")
             rows.append({"layer": layer, "rrl": rrl[max(rrl, key=int)], **row})
             logging.info(
                 f"layer {layer}: RRL {rows[-1]['rrl']:.3f}, {row['error']:.1f}% of characters wrong"

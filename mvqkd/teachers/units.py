@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from mvqkd.data.audio import bucketed_batches, collate_audio
 from mvqkd.data.labels import Dumper, LabelSettings, Origin, dump_labels, out_of_range
 from mvqkd.data.manifests import read_cuts
+from mvqkd.device import matrix_dtype
 from mvqkd.errors import RecipeError
 from mvqkd.processes import gathered, is_main
 from mvqkd.teachers.base import Teacher
@@ -184,12 +185,15 @@ def _sample_frames(
     chosen = [everything[i] for i, end in zip(order, ends) if end <= limit]
     frames = []
     teacher.to(device)
+    dtype = matrix_dtype(settings.labels.precision, device)
     for batch_cuts in bucketed_batches(
         CutSet.from_cuts(chosen or everything[:1]), settings.labels.max_duration, seed, 0
     ):
         batch = collate_audio(batch_cuts)
+        for cut_id, length in zip(batch.ids, batch.lengths_B.tolist()):
+            teacher.check_length(f"cut {cut_id}", length)
         embeddings_BTD, frames_B = teacher.embed(
-            batch.waveforms_BL.to(device), batch.lengths_B.to(device), settings.layer
+            batch.waveforms_BL.to(device), batch.lengths_B, settings.layer, dtype
         )
         pairs = zip(embeddings_BTD, frames_B.tolist())
         frames += [x_TD[:count].float().cpu() for x_TD, count in pairs]

@@ -69,12 +69,14 @@ class WhisperTeacher(Teacher):
         self, prepared_BL: torch.Tensor, lengths_B: torch.Tensor, layers: Sequence[int]
     ) -> list[torch.Tensor]:
         waves = [w_L[:n].cpu().numpy() for w_L, n in zip(prepared_BL, lengths_B)]
-        mels_BMF = self.extractor(
-            waves, sampling_rate=SAMPLE_RATE, return_tensors="pt", device=str(prepared_BL.device)
-        )["input_features"]
+        device = prepared_BL.device
+        with torch.autocast(device.type, enabled=False):  # a spectrum, not a matter of layers
+            mels_BMF = self.extractor(
+                waves, sampling_rate=SAMPLE_RATE, return_tensors="pt", device=str(device)
+            )["input_features"]
         with kept_layers(self.encoder, layers) as outputs:
             self.encoder(mels_BMF.to(self.encoder.conv1.weight))
-        num_frames = max(self.num_frames(int(n)) for n in lengths_B)
+        num_frames = max(self.num_frames(n) for n in lengths_B.tolist())
         return [outputs[layer][:, :num_frames] for layer in layers]
 
 

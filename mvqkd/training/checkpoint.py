@@ -60,10 +60,18 @@ def averaged_weights(folder: Path, epoch: int, avg: int) -> dict[str, torch.Tens
         return last["model"]
     if first is None or begin == 0:
         return last["model_avg"]
+    return mean_between(first["model_avg"], begin, last["model_avg"], end)
+
+
+def mean_between(
+    first: dict[str, torch.Tensor], begin: int, last: dict[str, torch.Tensor], end: int
+) -> dict[str, torch.Tensor]:
+    """Mean of the weights over the steps (begin, end], of the means ``first`` over ``begin`` steps
+    and ``last`` over ``end``; what is no float is taken from ``last``."""
     mean = {}
-    for name, value in last["model_avg"].items():
+    for name, value in last.items():
         if value.is_floating_point():
-            total = value.double() * end - first["model_avg"][name].double() * begin
+            total = value.double() * end - first[name].double() * begin
             mean[name] = (total / (end - begin)).to(value.dtype)
         else:
             mean[name] = value

@@ -30,9 +30,9 @@ def tokens(feature_cuts, tmp_path_factory):
 
 @pytest.fixture
 def make_data(labelled_cuts, tokens):
-    def make(seed=1, cache=False, fields=(FIELD,)):
-        settings = DataSettings(max_duration=9, num_buckets=2, cache=cache)
-        return StudentData(labelled_cuts, tokens, settings, seed, fields)
+    def make(seed=1, cache=False, fields=(FIELD,), prefetch=None, noise=None):
+        settings = DataSettings(max_duration=9, num_buckets=2, cache=cache, prefetch=prefetch)
+        return StudentData(labelled_cuts, tokens, settings, seed, fields, noise=noise)
 
     return make
 
@@ -96,6 +96,30 @@ def test_cache_changes_nothing(make_data):
     cached = make_data(cache=True)
     list(cached.batches(0))
     assert_equal(flat(cached.batches(1)), flat(make_data().batches(1)))
+
+
+def test_prefetching_changes_nothing(make_data, feature_cuts):
+    def generators():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    noise = list(feature_cuts)[:3]
+    expected = flat(make_data(noise=noise).batches(1))
+    before = generators()
+    for prefetch in (1, 3, 50):
+        data = make_data(prefetch=prefetch, noise=noise)
+        assert_equal(flat(data.batches(1)), expected)
+        assert_equal(flat(data.batches(1, start=2)), expected[2:])
+    assert generators() == before  # which the training draws from meanwhile
+    assert not torch.equal(expected[0][1], flat(make_data().batches(1))[0][1])
+
+
+def test_an_error_passes_the_prefetching(feature_cuts, tokens):
+    settings = DataSettings(prefetch=2)
+    data = StudentData(CutSet.from_cuts(feature_cuts), tokens, settings, 1, [FIELD])
+    with pytest.raises(RecipeError, match="has no codebook_indexes; run stage 5"):
+        next(data.batches(0))
+    with pytest.raises(RecipeError, match=r"data\.prefetch: -1; give 0"):
+        DataSettings(prefetch=-1)
 
 
 def test_same_batches_with_and_without_labels(make_data):

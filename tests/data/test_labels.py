@@ -1,16 +1,21 @@
 """Codebook indexes in manifests: dumped, verified, sliced, padded."""
 
+import errno
 import gzip
 import json
+import math
 import shutil
+import threading
 
 import h5py
 import lhotse
 import numpy as np
 import pytest
+import soundfile
 import torch
-from lhotse import CutSet, MonoCut
+from lhotse import CutSet, MonoCut, Recording
 from lhotse.utils import fastcopy
+from scipy.signal import firwin, resample_poly
 
 from benchmarks import label_storage
 from mvqkd.data.audio import collate_audio
@@ -34,8 +39,9 @@ from mvqkd.data.labels import (
 from mvqkd.data.manifests import read_cuts
 from mvqkd.data.shards import ArrayFile, Shards
 from mvqkd.errors import RecipeError
-from mvqkd.quantizer import Quantizer
-from tests.conftest import CPU
+from mvqkd.quantizer import Quantizer, load_quantizer, save_quantizer
+from mvqkd.teachers import load_teacher
+from tests.conftest import CPU, ROOT
 
 
 def dump(cuts, folder, teacher, quantizer, origin, **settings):
@@ -94,6 +100,38 @@ def test_labels_do_not_depend_on_the_batch(
     assert same.mean() > 0.995
 
 
+@pytest.mark.parametrize("rate", [8000, 44100])
+def test_audio_at_another_rate_is_resampled(rate, teacher, quantizer, origin, tmp_path):
+    generator = np.random.default_rng(1)
+    cuts = {}
+    for number in range(2):
+        # Of an odd length: no whole number of samples at the other rate.
+        noise_L = 0.1 * generator.standard_normal(20001 + 2500 * number)
+        speech_L = np.convolve(noise_L, firwin(201, 3000, fs=16000), "same")
+        for name, hertz in (("copy", 16000), ("other", rate)):
+            common = math.gcd(hertz, 16000)
+            samples_L = resample_poly(speech_L, hertz // common, 16000 // common)
+            soundfile.write(tmp_path / f"{name}{number}.wav", samples_L, hertz, subtype="FLOAT")
+            cut = Recording.from_file(tmp_path / f"{name}{number}.wav").to_cut()
+            cuts.setdefault(name, []).append(cut)
+    kinds = [
+        CodebookIndexes(teacher, quantizer, origin, refine_iters=1),
+        Embeddings(teacher, 2, "float32", "layer2"),
+    ]
+    labelled = {}
+    for name, some in cuts.items():
+        dumper, out = Dumper(kinds, LabelSettings(), CPU), tmp_path / name / "train.jsonl.gz"
+        labelled[name] = dump_labels(CutSet.from_cuts(some), out, dumper, shard_size=4)
+    for copy, other in zip(labelled["copy"], labelled["other"]):
+        assert (copy.sampling_rate, other.sampling_rate) == (16000, rate)
+        indexes_TN, expected_TN = load_labels(other), load_labels(copy)
+        assert indexes_TN.shape == expected_TN.shape
+        assert (indexes_TN == expected_TN).mean() > 0.9
+        x_TD, expected_TD = other.load_layer2(), copy.load_layer2()
+        error = ((x_TD - expected_TD) ** 2).sum()
+        assert error < 0.01 * ((expected_TD - expected_TD.mean(0)) ** 2).sum()
+
+
 def test_codebooks_of_fewer_entries_keep_a_column_each(feature_cuts, teacher, tmp_path):
     small = Quantizer(32, 16, 4, generator=torch.Generator().manual_seed(1))
     origin = Origin("tiny", 1, small.get_id(), small.weights_sha256())
@@ -104,6 +142,32 @@ def test_codebooks_of_fewer_entries_keep_a_column_each(feature_cuts, teacher, tm
         verify_labels(labelled, [CodebookIndexes(teacher, Quantizer(32, 4, 4), origin)])
     with pytest.raises(RecipeError, match="512 entries does not fit a byte"):
         dump(cuts, tmp_path, teacher, Quantizer(32, 512, 1), origin)
+
+
+def test_codebooks_that_are_searched_by_beam(feature_cuts, teacher, tmp_path):
+    residual = Quantizer(32, 16, 4, generator=torch.Generator().manual_seed(1)).eval()
+    residual.beam = 8
+    residual.set_id_from_weights()
+    cuts, arrays = CutSet.from_cuts(list(feature_cuts)[:2]), []
+    save_quantizer(tmp_path / "quantizer.pt", residual, {})
+    # The file without what lies beside it.
+    shutil.copy(tmp_path / "quantizer.pt", tmp_path / "copied.pt")
+    for name in ("quantizer", "copied"):
+        loaded, meta = load_quantizer(tmp_path / f"{name}.pt")
+        origin = Origin("tiny", 2, meta["quantizer_id"], meta["sha256"])
+        labelled = dump(cuts, tmp_path / name, teacher, loaded, origin)
+        arrays.append([load_labels(cut) for cut in labelled])
+    for cut, *found in zip(cuts, *arrays):
+        np.testing.assert_array_equal(*found)
+        wave_1L = torch.from_numpy(cut.load_audio())
+        embeddings, _ = teacher.embed(wave_1L, torch.tensor([wave_1L.shape[1]]), 2)
+        expected = residual.encode(embeddings[0], refine_indexes_iters=1, as_bytes=False)
+        # The 16-bit copy of perturbed audio may tip a near tie.
+        assert (expected.numpy() == found[0]).mean() > 0.98
+    residual.beam = 0
+    other = Origin("tiny", 2, origin.quantizer, residual.weights_sha256())
+    with pytest.raises(RecipeError, match="its labels were made by quantizer"):
+        check_origin(labelled[0], other, accept_unknown=False)
 
 
 def test_labels_of_another_quantizer_are_refused(labelled_cuts, teacher, quantizer, origin):
@@ -245,15 +309,15 @@ def test_dump_goes_on_where_it_was_killed(
     feature_cuts, teacher, quantizer, origin, tmp_path, monkeypatch
 ):
     whole = dump(feature_cuts, tmp_path / "whole", teacher, quantizer, origin)
-    label, calls = Dumper._label, []
+    store, calls = Dumper._store, []
 
-    def dies(self, cuts, arrays):
+    def dies(self, computed):
         if len(calls) == 2:
             raise KeyboardInterrupt
-        calls.append(cuts)
-        label(self, cuts, arrays)
+        calls.append(computed)
+        store(self, computed)
 
-    monkeypatch.setattr(Dumper, "_label", dies)
+    monkeypatch.setattr(Dumper, "_store", dies)
     with pytest.raises(KeyboardInterrupt):
         dump(feature_cuts, tmp_path / "killed", teacher, quantizer, origin)
     monkeypatch.undo()
@@ -365,6 +429,145 @@ def test_layers_of_one_teacher_in_one_pass(feature_cuts, teacher, quantizer, ori
         np.testing.assert_array_equal(both.load_codebook_indexes(), one.load_codebook_indexes())
 
 
+def test_threads_change_no_byte(feature_cuts, teacher, quantizer, origin, tmp_path):
+    """As one step after the other, in this thread."""
+    kinds = [
+        CodebookIndexes(teacher, quantizer, origin, refine_iters=1),
+        Embeddings(teacher, 1, "float32", "layer1"),
+    ]
+    settings = LabelSettings(max_duration=4, num_loaders=3, num_threads=torch.get_num_threads())
+    dumper = Dumper(kinds, settings, CPU)
+    batches = dumper._batches(feature_cuts)
+    assert sorted(len(batch) for batch in batches)[0] == 1 and len(batches) > 5
+    assert sorted(cut.id for batch in batches for cut in batch) == sorted(feature_cuts.ids)
+    for path in (tmp_path / "one", tmp_path / "many"):
+        arrays = ArrayFile(path, tmp_path / "arrays.h5")
+        if path.name == "many":
+            done = dumper(feature_cuts, arrays)
+        else:
+            for batch in dumper._batches(CutSet.from_cuts(map(fastcopy, feature_cuts))):
+                _, audio, _ = dumper._load(batch)
+                dumper._store((batch, dumper._compute(audio), arrays))
+        arrays.close()
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "many").read_bytes()
+    assert [cut.id for cut in done] == list(feature_cuts.ids)
+    assert all("layer1" in cut.custom and FIELD in cut.custom for cut in done)
+
+
+def test_number_of_threads_in_the_environment_changes_no_byte(feature_cuts, tmp_path):
+    teacher = load_teacher(ROOT / "egs/mini/teacher")  # large enough for sums to be shared out
+    cuts, before = CutSet.from_cuts(list(feature_cuts)[:2]), torch.get_num_threads()
+    found = []
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        try:
+            dumper = Dumper([Embeddings(teacher, 5, "float32", "a")], LabelSettings(), CPU)
+            dump_labels(cuts, tmp_path / f"{number}/train.jsonl.gz", dumper, shard_size=4)
+            assert torch.get_num_threads() == number
+        finally:
+            torch.set_num_threads(before)
+        shards = tmp_path / f"{number}/shards"
+        found.append((shards / "00000.h5").read_bytes())
+        assert json.loads((shards / "made-from.json").read_text())["num_threads"] == 2
+    assert found[0] == found[1]
+
+
+def test_errors_of_other_threads_leave_one_line_and_nothing_else(
+    feature_cuts, teacher, quantizer, origin, tmp_path, monkeypatch
+):
+    threads, cuts = threading.active_count(), list(feature_cuts)
+    source = fastcopy(cuts[2].recording.sources[0], source=str(tmp_path / "gone.flac"))
+    gone = fastcopy(cuts[2], recording=fastcopy(cuts[2].recording, sources=[source]))
+    short = cuts[2].truncate(duration=0.01, preserve_id=True)
+
+    def said(cut):
+        some = CutSet.from_cuts([*cuts[:2], cut, *cuts[3:]])
+        with pytest.raises(RecipeError) as caught:
+            dump(some, tmp_path / "labels", teacher, quantizer, origin, max_duration=4)
+        left = [path.name for path in (tmp_path / "labels").rglob("*") if path.is_file()]
+        assert sorted(left) == ["00000.lock", "made-from.json"]
+        assert threading.active_count() == threads and "\n" not in str(caught.value)
+        shutil.rmtree(tmp_path / "labels")
+        return str(caught.value)
+
+    assert said(gone).startswith(f"{tmp_path}/gone.flac: cut {gone.id} cannot be read")
+    assert said(short).startswith(f"cut {short.id}: 160 samples are shorter than one frame of")
+    store, stored = ArrayFile.store, []
+
+    def full(self, key, *args, **options):
+        if len(stored) == 2:
+            raise OSError(errno.ENOSPC, "full")
+        stored.append(key)
+        store(self, key, *args, **options)
+
+    monkeypatch.setattr(ArrayFile, "store", full)
+    assert "00000.h5: cannot be written (No space left on device)" in said(cuts[2])
+
+
+def test_bad_cuts_are_left_out_and_listed_up_to_a_share(
+    feature_cuts, teacher, quantizer, origin, tmp_path, caplog
+):
+    cuts = list(feature_cuts)
+    good = dump(CutSet.from_cuts(cuts), tmp_path / "good", teacher, quantizer, origin)
+    source = fastcopy(cuts[2].recording.sources[0], source=str(tmp_path / "broken.flac"))
+    (tmp_path / "broken.flac").write_bytes(b"no FLAC")
+    cuts[2] = fastcopy(cuts[2], recording=fastcopy(cuts[2].recording, sources=[source]))
+    cuts[9] = cuts[9].truncate(duration=0.01, preserve_id=True)
+    some, out = CutSet.from_cuts(cuts), tmp_path / "labels"
+    with pytest.raises(
+        RecipeError, match=r"\(1 of 12 utterances are bad, more than max_bad_share = "
+    ):
+        dump(some, out, teacher, quantizer, origin)
+    # One in either shard, but both are too many.
+    with pytest.raises(RecipeError, match=r"cut .*\(2 of 12 utterances are bad.* of labels.yaml"):
+        dump(some, out, teacher, quantizer, origin, max_bad_share=0.1)
+    assert not (out / "train.jsonl.gz").exists()
+    for _ in range(2):  # the second call finds all done
+        labelled = dump(some, out, teacher, quantizer, origin, max_bad_share=0.2)
+        left = [cut for number, cut in enumerate(good) if number not in (2, 9)]
+        assert [cut.id for cut in labelled] == [cut.id for cut in left]
+        for cut, expected in zip(read_cuts(out / "train.jsonl.gz"), left):
+            assert (load_labels(cut) == load_labels(expected)).mean() > 0.98  # near ties
+        broken, short = (out / "bad-utterances.txt").read_text().splitlines()
+        assert broken.startswith(f"{tmp_path}/broken.flac: cut {cuts[2].id} cannot be read")
+        assert short.startswith(f"cut {cuts[9].id}: 160 samples are shorter than one frame of")
+    assert "2 bad utterances left out, listed in" in caplog.text
+    assert not (tmp_path / "good/bad-utterances.txt").exists()
+
+
+def test_precision_of_the_teacher(feature_cuts, teacher, quantizer, origin, tmp_path, monkeypatch):
+    cuts, encode = CutSet.from_cuts(list(feature_cuts)[:3]), CodebookIndexes.encode
+    outside = []
+
+    def watched(self, embeddings_FD):
+        outside.append((torch.is_autocast_enabled("cpu"), embeddings_FD.dtype))
+        return encode(self, embeddings_FD)
+
+    monkeypatch.setattr(CodebookIndexes, "encode", watched)
+    files, labels = {}, {}
+    for precision in ("float32", "auto", "bf16"):
+        kinds = [
+            CodebookIndexes(teacher, quantizer, origin, refine_iters=1),
+            Embeddings(teacher, 2, "float32", "layer2"),
+        ]
+        dumper = Dumper(kinds, LabelSettings(precision=precision), CPU)
+        folder = tmp_path / precision
+        labelled = dump_labels(cuts, folder / "train.jsonl.gz", dumper, shard_size=4)
+        files[precision] = (folder / "shards/00000.h5").read_bytes()
+        labels[precision] = [
+            np.concatenate([getattr(cut, f"load_{field}")() for cut in labelled])
+            for field in (FIELD, "layer2")
+        ]
+    assert files["auto"] == files["float32"] != files["bf16"]
+    (indexes_FN, x_FD), (half_FN, half_FD) = labels["float32"], labels["bf16"]
+    error = ((half_FD - x_FD) ** 2).sum() / ((x_FD - x_FD.mean(0)) ** 2).sum()
+    assert 0 < error < 1e-3
+    assert 0.8 < (half_FN == indexes_FN).mean() < 1
+    assert set(outside) == {(False, torch.float32)}
+    with pytest.raises(RecipeError, match="made from precision float32, and this job's from bfloa"):
+        dump_labels(cuts, tmp_path / "auto/train.jsonl.gz", dumper, shard_size=4)
+
+
 def test_long_arrays_are_chunked(tmp_path):
     file = ArrayFile(tmp_path / "a", tmp_path / "a")
     embeddings_TD = np.random.default_rng(1).standard_normal((599, 320)).astype(np.float16)
@@ -388,6 +591,31 @@ def test_embeddings_that_are_no_float16(feature_cuts, teacher, quantizer, origin
         "00000.lock",
         "made-from.json",
     ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["indexes", "float16"])
+def test_a_frame_that_is_not_finite_is_named(
+    feature_cuts, teacher, quantizer, origin, tmp_path, monkeypatch, kind, value
+):
+    layers = type(teacher)._layers
+    cuts = CutSet.from_cuts(list(feature_cuts)[:3])
+    bad = cuts[1]
+
+    def spoiled(self, waveforms_BL, lengths_B, *rest):
+        found = [x_BTD.clone() for x_BTD in layers(self, waveforms_BL, lengths_B, *rest)]
+        for x_BTD in found:
+            x_BTD[lengths_B == bad.num_samples, 7, 3] = value
+        return found
+
+    monkeypatch.setattr(type(teacher), "_layers", spoiled)
+    made = CodebookIndexes(teacher, quantizer, origin)
+    kinds = [made if kind == "indexes" else Embeddings(teacher, 2, "float16", "layer2")]
+    with pytest.raises(RecipeError) as caught:
+        dump_labels(cuts, tmp_path / "a.jsonl.gz", Dumper(kinds, LabelSettings(), CPU), 4)
+    expected = f"layer 2 of tiny: 1 frames with NaN or infinity (cut {bad.id} frame 7); leave out"
+    assert str(caught.value).startswith(expected) and "\n" not in str(caught.value)
+    assert not list((tmp_path / "shards").glob("*.h5")) and not (tmp_path / "a.jsonl.gz").exists()
 
 
 def test_labels_stay_with_lhotse_alone(feature_cuts, teacher, quantizer, origin, tmp_path):

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import soundfile
 from lhotse import CutSet, Recording
+from scipy.signal import firwin, resample_poly
 
 from mvqkd.data.audio import bucketed_batches, collate_audio, load_audio
+from mvqkd.data.features import FeatureSettings, compute_features
 from mvqkd.data.manifests import (
     CheckSettings,
     of_duration,
@@ -65,7 +67,10 @@ DAMAGES = {
     "no samples": (lambda p: write(p, np.zeros(0)), "cannot be decoded"),
     "short": (lambda p: write(p, NOISE[:800]), "only 0.050 s long; remove it"),
     "silent": (lambda p: write(p, np.zeros(8000)), "silent from start to end"),
-    "wrong rate": (lambda p: write(p, NOISE, 8000), "sampled at 8000 Hz; resample it to 16000"),
+    "wrong rate": (
+        lambda p: write(p, NOISE, 8000),
+        "sampled at 8000 Hz, most of its part at 16000",
+    ),
     "stereo": (lambda p: write(p, np.stack([NOISE, NOISE], 1)), "has 2 channels"),
     "empty transcript": (lambda p: set_text(p, ""), "empty transcript"),
     "missing": (lambda p: p.unlink(), "no such file"),
@@ -101,6 +106,38 @@ def test_bad_utterance_stops_or_is_left_out_and_listed(tree, utterances, damage,
         assert len(load_audio(cut)) == cut.num_samples and cut.supervisions[0].text
     (listing,) = tree.parent.glob("bad-utterances-*")
     assert listing.read_text().startswith(f"{bad}: ") and reason in listing.read_text()
+
+
+def test_part_at_another_rate_is_resampled(tree, utterances, plain_cuts, caplog):
+    caplog.set_level("INFO")
+    for path in utterances:
+        samples_L, _ = soundfile.read(path)
+        write(path, resample_poly(samples_L, 1, 2), 8000)
+    cuts = prepare(tree)
+    assert "sampled at 8000 Hz, resampled to 16000" in caplog.text
+    assert not list(tree.parent.glob("bad-utterances-*"))
+    for cut, plain in zip(read_cuts(tree.parent / f"{PART}.jsonl.gz"), plain_cuts, strict=True):
+        assert (cut.id, cut.sampling_rate) == (plain.id, 16000)
+        assert abs(cut.num_samples - plain.num_samples) <= 1
+
+    some = CutSet.from_cuts(list(cuts)[:1])
+    settings = FeatureSettings(speed_factors=[0.9])
+    for cut in compute_features(some, tree.parent / "fbank.jsonl.gz", True, settings, 0):
+        # The same speech as from the files at 16 kHz, above 4 kHz aside.
+        (plain,) = (c for c in plain_cuts if c.id == cut.id.removesuffix("_sp0.9"))
+        plain = plain if plain.id == cut.id else plain.perturb_speed(0.9)
+        samples_L, expected_L = load_audio(cut), load_audio(plain)
+        assert len(samples_L) == cut.num_samples and abs(len(samples_L) - len(expected_L)) <= 2
+        shorter = min(len(samples_L), len(expected_L))
+        samples_L, expected_L = samples_L[:shorter], expected_L[:shorter]
+        smooth = firwin(101, 3000, fs=16000)
+        difference_L = np.convolve(samples_L - expected_L, smooth)
+        assert (difference_L**2).mean() < 1e-3 * (expected_L**2).mean()
+        assert cut.load_features().shape == (round(100 * cut.duration), 80)
+
+    write(utterances[1], NOISE, 16000)
+    with pytest.raises(RecipeError, match="sampled at 16000 Hz, most of its part at 8000"):
+        prepare(tree)
 
 
 def test_missing_and_empty_folders(tree):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mvqkd.data.datamodule import StudentBatch
+from mvqkd.decoding import search
 from mvqkd.decoding.decode import DecodingSettings, decode, decode_batch, load_student
 from mvqkd.decoding.times import words_with_times
 from mvqkd.errors import RecipeError
@@ -37,6 +38,21 @@ def test_words_come_with_their_times(causal, tmp_path):
         assert decoded.times[name] == [(word.start, word.end) for word in words]
     assert any(decoded.times.values())
     assert (decoded.emission_delay is not None) == causal
+
+
+def test_fast_beam_search_needs_k2(monkeypatch):
+    settings = DecodingSettings("fast_beam_search")
+    assert settings.name(30, True) == (
+        "fast_beam_search-beam-20.0-max-contexts-8-max-states-64-"
+        "chunk-16-left-64-right-0-epoch-30-avg-10"
+    )
+    monkeypatch.setattr(search, "import_k2", lambda: None)
+    model, features_BTF = random_transducer(), torch.zeros(2, 150, NUM_FEATURES)
+    with pytest.raises(RecipeError, match=r"decoding\.method: fast_beam_search needs k2") as caught:
+        decode_batch(model, features_BTF, LENGTHS, settings)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RecipeError, match=r"decoding\.max_states: 0; give more"):
+        DecodingSettings(max_states=0)
 
 
 def test_student_without_whole_settings_is_refused(tmp_path):

@@ -28,7 +28,7 @@ FUNCTIONS = [
 
 
 def random_problem(number):
-    """Inputs of the recipe's calls. k2 wants at least one token, and as many frames as tokens."""
+    """Inputs of the recipe's calls that k2 takes: as many frames as tokens, and at least one."""
     rng = random.Random(f"{SEED}/{number}")
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
     B, S, V, D = rng.randint(1, 5), rng.randint(1, 20), rng.randint(3, 60), rng.randint(2, 16)
@@ -123,6 +123,65 @@ def test_equals_k2(number):
         finite = expected.isfinite()
         difference = (value - expected)[finite].abs().max()
         assert difference <= 1e-4 * expected[finite].abs().max().clamp(min=1e-3), (place, name)
+
+
+@pytest.mark.parametrize("rnnt_type", rnnt.RNNT_TYPES)
+@pytest.mark.parametrize(("T", "S", "s_range"), [(5, 0, 5), (1, 0, 1), (4, 5, 5), (2, 9, 2)])
+@pytest.mark.filterwarnings("ignore:s_range")
+def test_what_k2_asserts_against_is_computed(T, S, s_range, rnnt_type):
+    import k2
+
+    generator = torch.Generator().manual_seed(SEED)
+    lm, am = (torch.randn(2, length, 6, generator=generator) for length in (S + 1, T))
+    symbols = torch.randint(1, 6, (2, S), generator=generator)
+    boundary = torch.tensor([[0, 0, S, T]] * 2)
+    shared = {"boundary": boundary, "rnnt_type": rnnt_type, "reduction": "none"}
+    with pytest.raises(AssertionError):
+        k2.rnnt_loss_smoothed(lm, am, symbols, 0, **shared)
+    for backend in ("auto", "k2"):
+        simple, occupations = rnnt.rnnt_loss_smoothed(
+            lm, am, symbols, 0, return_grad=True, backend=backend, **shared
+        )
+        ranges = rnnt.get_rnnt_prune_ranges(*occupations, boundary, s_range, backend=backend)
+        am_pruned, lm_pruned = rnnt.do_rnnt_pruning(am, lm, ranges, backend=backend)
+        pruned = rnnt.rnnt_loss_pruned(
+            am_pruned + lm_pruned, symbols, ranges, 0, backend=backend, **shared
+        )
+        exists = rnnt_type == "regular" or S <= T
+        assert simple.isfinite().tolist() == pruned.isfinite().tolist() == [exists] * 2
+
+
+@pytest.mark.parametrize("regular", [True, False])
+@pytest.mark.parametrize(("T", "S"), [(3, 8), (1, 2)])
+def test_recursion_over_more_tokens_than_frames_equals_k2(T, S, regular):
+    generator = torch.Generator().manual_seed(SEED)
+    px = torch.randn(3, S, T + regular, generator=generator)
+    px[:, :, T:] = -torch.inf
+    py = torch.randn(3, S + 1, T, generator=generator)
+    native, of_k2 = (
+        rnnt.mutual_information_recursion(px, py, return_grad=True, backend=backend)
+        for backend in ("native", "k2")
+    )
+    assert torch.allclose(native[0], of_k2[0], atol=1e-4), f"SEED={SEED}"
+    if regular:  # k2's occupations of a lattice without a path are no probabilities
+        for ours, theirs in zip(native[1], of_k2[1]):
+            assert torch.allclose(ours, theirs, atol=1e-4), f"SEED={SEED}"
+
+
+@pytest.mark.parametrize(("s_range", "frames", "R"), [(1, 12, 2), (3, 3, 4), (30, 12, 10)])
+def test_ranges_that_k2_does_not_adjust_are(s_range, frames, R):
+    lm, am, symbols = torch.zeros(2, 10, 6), torch.zeros(2, 12, 6), torch.ones(2, 9, dtype=int)
+    boundary = torch.tensor([[0, 0, 9, 12], [0, 0, 9, frames]])
+    _, occupations = rnnt.rnnt_loss_smoothed(
+        lm, am, symbols, 0, boundary=boundary, return_grad=True
+    )
+    with pytest.warns(UserWarning, match=f"s_range: {s_range} "):
+        ranges = rnnt.get_rnnt_prune_ranges(*occupations, boundary, s_range)
+    assert ranges.shape == (2, 12, R)
+    loss = rnnt.rnnt_loss_pruned(
+        torch.zeros(*ranges.shape, 6), symbols, ranges, 0, boundary, reduction="none"
+    )
+    assert loss.isfinite().all()
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

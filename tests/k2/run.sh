@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The transducer losses against k2 itself, on random problems that are new in each run.
+# The transducer losses against k2 itself, on random problems that are new in each run, and the
+# search that k2 does.
 #
 #     tests/k2/run.sh [options of pytest]
 #
@@ -28,4 +29,5 @@ if ! cmp -s "$requirements" "$venv/requirements.txt"; then
     cp "$requirements" "$venv/requirements.txt"
 fi
 export OMP_NUM_THREADS=1
-"$venv/bin/python" -m pytest --noconftest -o addopts= -q "$@" tests/k2/compare_with_k2.py
+"$venv/bin/python" -m pytest --noconftest -o addopts= -q "$@" tests/k2/compare_with_k2.py \
+    tests/k2/fast_beam_search.py

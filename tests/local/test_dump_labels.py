@@ -18,7 +18,9 @@ from mvqkd.data.labels import LabelSettings
 from mvqkd.data.manifests import write_cuts
 from mvqkd.errors import RecipeError
 from mvqkd.quantizer import save_quantizer
-from tests.conftest import ROOT
+from mvqkd.teachers.ctc import SYMBOLS
+from mvqkd.teachers.hubert import HubertTeacher
+from tests.conftest import ROOT, tiny_hubert
 
 OUT = "labels/train.jsonl.gz"
 # The shard in which the cut of the file `late.flac` lies, of six.
@@ -66,7 +68,8 @@ def job(inputs, tmp_path):
 
 
 def settings(**changes):
-    values = {"labels": LabelSettings(shard_size=2, refine_iters=1), "device": "cpu", **changes}
+    labels = LabelSettings(shard_size=2, refine_iters=1, num_threads=1)
+    values = {"labels": labels, "device": "cpu", **changes}
     return Settings("teacher", Path("train.jsonl.gz"), Path(OUT), Path("quantizer.pt"), **values)
 
 
@@ -74,7 +77,7 @@ COMMAND = [
     str(ROOT / "local/dump_labels.py"),
     *("--teacher", "teacher", "--quantizer", "quantizer.pt", "--device", "cpu"),
     *("--train_manifest", "train.jsonl.gz", "--out", OUT),
-    *("--labels.shard_size", "2", "--labels.refine_iters", "1"),
+    *("--labels.shard_size", "2", "--labels.refine_iters", "1", "--labels.num_threads", "1"),
 ]
 
 
@@ -99,40 +102,58 @@ def test_what_is_left_in_the_end(whole):
     assert sorted(whole) == [*shards, "labels/shards/made-from.json", OUT]
 
 
-def test_killed_under_torchrun_and_ended_by_another_number(job, whole, monkeypatch):
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def killed_at_the_late_file(job, launcher, num_done):
+    """Start it, and kill all processes when ``num_done`` shards are done; their times."""
     # The worker that comes to this file waits in it, as one does that is killed within a shard.
     late, kept = job / "late.flac", (job / "late.flac").read_bytes()
     late.unlink()
     os.mkfifo(late)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     process = subprocess.Popen(
-        [*torchrun, "--nproc-per-node", "2", *COMMAND],
-        cwd=job,
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        text=True,
+        [*launcher, *COMMAND], cwd=job, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
     )
     said = []
-    while sum(": shard " in line for line in said) < 5:
+    while sum(": shard " in line for line in said) < num_done:
         said.append(process.stderr.readline())
         assert said[-1], "".join(said)
-    for worker in children(process.pid):
+    for worker in children(process.pid) or [process.pid]:
         os.kill(worker, signal.SIGKILL)
     process.communicate()
     assert process.returncode != 0
     shards = job / "labels/shards"
-    done = sorted(path.name.split(".")[0] for path in shards.glob("[0-9]*.jsonl.gz"))
-    assert done == [f"{number:05d}" for number in range(6) if number != LATE_SHARD]
+    done = [path.name for path in shards.glob("[0-9]*.jsonl.gz")]
+    assert len(done) == num_done and f"{LATE_SHARD:05d}.jsonl.gz" not in done
     assert not (job / OUT).exists() and not (shards / f"{LATE_SHARD:05d}.h5").exists()
-    times = {path: path.stat().st_mtime_ns for path in shards.glob("[0-9]*.h5")}
 
     assert stat.S_ISFIFO(late.stat().st_mode)
     late.unlink()
     late.write_bytes(kept)
+    return times_of(job)
+
+
+def times_of(job):
+    return {path: path.stat().st_mtime_ns for path in (job / "labels/shards").glob("[0-9]*.h5")}
+
+
+def test_killed_under_torchrun_and_ended_by_one_process(job, whole, monkeypatch):
+    before = killed_at_the_late_file(job, [*TORCHRUN, "2"], 5)
     monkeypatch.chdir(job)
     main(settings())
     assert written(job) == whole
-    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert before.items() <= times_of(job).items()
+
+
+def test_killed_alone_and_ended_by_three_processes(job, whole):
+    before = killed_at_the_late_file(job, [sys.executable], LATE_SHARD)
+    done = subprocess.run(
+        [*TORCHRUN, "3", *COMMAND], cwd=job, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert sum(": shard " in line for line in done.stderr.splitlines()) == 6 - LATE_SHARD
+    assert written(job) == whole
+    assert before.items() <= times_of(job).items()
 
 
 def children(pid):
@@ -193,7 +214,7 @@ def test_second_call_and_lost_shards(job, whole, monkeypatch):
 def test_job_that_would_write_other_labels_is_refused(job, whole, monkeypatch):
     monkeypatch.chdir(job)
     main(settings())
-    other = settings(labels=LabelSettings(shard_size=3, refine_iters=1))
+    other = settings(labels=LabelSettings(shard_size=3, refine_iters=1, num_threads=1))
     with pytest.raises(RecipeError) as caught:
         main(other)
     assert "made-from.json: labels in this folder are made from shard_size 2, and" in str(
@@ -201,12 +222,45 @@ def test_job_that_would_write_other_labels_is_refused(job, whole, monkeypatch):
     )
     assert "this job's from 3; give it another folder" in str(caught.value)
     with pytest.raises(RecipeError, match=r"made from codebook_indexes .*'refine_iters': 1"):
-        main(settings(labels=LabelSettings(shard_size=2, refine_iters=2)))
+        main(settings(labels=LabelSettings(shard_size=2, refine_iters=2, num_threads=1)))
     cuts = CutSet.from_file("train.jsonl.gz").to_eager()
     write_cuts(cuts.subset(first=3), Path("train.jsonl.gz"))
     with pytest.raises(RecipeError, match="made from cuts 12 of sha256"):
         main(settings())
     assert written(job) == whole
+
+
+def test_several_teachers_of_different_frame_shifts_at_once(job, monkeypatch, teacher):
+    """Each gives what it gives alone."""
+    slow = tiny_hubert(seed=2, hidden_size=16, conv_kernel=[240, 1, 4], conv_stride=[160, 1, 4])
+    slow = HubertTeacher(slow, False, list(SYMBOLS), "slow").eval()
+    slow.save(job / "slow")
+    monkeypatch.chdir(job)
+    main(
+        settings(
+            more=[
+                MoreLabels("slow", teacher="slow", layer=1, dtype="float32"),
+                MoreLabels("mine", teacher="teacher", layer=1, dtype="float32"),
+            ]
+        )
+    )
+    both = CutSet.from_file(OUT).to_eager()
+    assert slow.frame_shift == 2 * teacher.frame_shift == 0.04
+    before = {}
+    for cut in both:
+        before["slow", cut.id], before["mine", cut.id] = cut.load_slow(), cut.load_mine()
+        frames = slow.num_frames(cut.num_samples)
+        assert cut.load_slow().shape == (frames, 16)
+        assert cut.load_mine().shape == (teacher.num_frames(cut.num_samples), 32)
+        assert frames < 0.51 * len(cut.load_mine())
+        shifts = [cut.custom[field].frame_shift for field in ("slow", "mine", "codebook_indexes")]
+        assert shifts == [0.04, 0.02, 0.02]
+    for field, name in (("slow", "slow"), ("mine", "teacher")):
+        alone = settings(more=[MoreLabels(field, teacher=name, layer=1, dtype="float32")])
+        alone.quantizer, alone.out = None, Path(f"{field}-alone/train.jsonl.gz")
+        main(alone)
+        for cut in CutSet.from_file(alone.out):
+            np.testing.assert_array_equal(before[field, cut.id], getattr(cut, f"load_{field}")())
 
 
 def test_several_layers_and_kinds_at_once(job, monkeypatch, teacher):

@@ -60,7 +60,7 @@ def settings_of(manifests, folder, name, **changes):
     unit_labels = UnitSettings(
         changes.pop("layer", 1),
         KMeansSettings(changes.pop("num_units", 6), batch_size=500, num_epochs=2, num_starts=1),
-        LabelSettings(20, 4),
+        LabelSettings(20, 4, num_threads=1),
     )
     return Settings(
         **manifests,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import soundfile
+import torch
 
 from local import transcribe
 from mvqkd import cli
@@ -35,6 +36,7 @@ def folder(tmp_path_factory):
     weights = model.state_dict()
     entries = {"model": weights, "model_avg": weights, "averaged_steps": 1}
     save_checkpoint(folder / "student/epoch-3.pt", **entries)
+    torch.save({"model": weights}, folder / "pretrained.pt")
     samples = np.random.default_rng(0).standard_normal(3 * 22050) * 0.1
     soundfile.write(folder / "a b.wav", samples, 22050)
     soundfile.write(folder / "c.flac", samples[:22050], 22050)
@@ -46,8 +48,8 @@ def folder(tmp_path_factory):
 def run(folder, monkeypatch, capsys):
     """Calls the script as the command line does; (exit status, stdout, stderr)."""
 
-    def run(*args):
-        options = ["--exp_dir", f"{folder}/student", "--tokens_dir", f"{folder}/tokens"]
+    def run(*args, student=("--exp_dir", f"{folder}/student")):
+        options = [*student, "--tokens_dir", f"{folder}/tokens"]
         files = [f"{folder}/{arg}" if arg.endswith((".wav", ".flac")) else arg for arg in args]
         monkeypatch.setattr(sys, "argv", ["transcribe.py", *options, "--device", "cpu", *files])
         try:
@@ -106,6 +108,13 @@ def test_decoded_as_last_in_stage_7(run, folder):
     status, _, err = run("c.flac")
     assert status == 1 and f"{path}: cannot be read as decoding settings" in err
     path.unlink()
+
+
+def test_a_checkpoint_of_icefall(run, folder):
+    checkpoint = ("--checkpoint", f"{folder}/pretrained.pt", "--segment.length", "1")
+    assert run("a b.wav", student=checkpoint) == run("a b.wav")
+    status, out, err = run("c.flac", student=())
+    assert status == 1 and out == "" and "--exp_dir: not given; name" in err
 
 
 def test_word_pieces_of_another_student(run, folder, tmp_path):

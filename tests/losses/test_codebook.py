@@ -3,6 +3,7 @@
 import pytest
 import torch
 from multi_quantization.prediction import JointCodebookLoss as PeerLoss
+from torch.utils.flop_counter import FlopCounterMode
 
 from mvqkd.losses.codebook import JointCodebookLoss
 
@@ -105,6 +106,19 @@ def test_no_logits_are_kept_for_backward():
         ours(x.requires_grad_(), indexes)
     # The gradients themselves: of the weight, the bias and the frames that count.
     assert max(saved) == 8 * 256 * C
+
+
+# Of the three products in training, one adds in place, which the counter does not see.
+@pytest.mark.parametrize("grad_enabled, products", [(True, 2), (False, 1)])
+def test_gradients_are_computed_only_where_they_are_enabled(grad_enabled, products):
+    ours, _ = _pair(is_joint=False)
+    x, indexes = _batch(padded=False)
+    x = x.requires_grad_()
+    with torch.set_grad_enabled(grad_enabled), FlopCounterMode(display=False) as counter:
+        value = ours(x, indexes)
+    assert counter.get_total_flops() == products * 2 * 27 * C * N * K
+    assert value.requires_grad == grad_enabled
+    _close(value, ours(x, indexes))
 
 
 def test_one_codebook_and_no_frame_that_counts():

@@ -4,6 +4,7 @@ import itertools
 import json
 import sys
 import types
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -308,10 +309,51 @@ def test_ranges_are_valid_and_adjusted(rnnt_type):
         assert (step >= 0).all() and (step <= max(1, (smallest - 1) * (s_range - 1))).all()
         last = begin.gather(1, boundary[:, 3:] - 1)[:, 0]
         assert (last == (boundary[:, 2] - s_range + 1).clamp_min(0)).all()
-    with pytest.warns(UserWarning, match="raised"):
+    with pytest.warns(UserWarning, match=f"s_range: 0 .* raised to {smallest}"):
         assert get_rnnt_prune_ranges(*grads, boundary, 0).shape[2] == smallest
-    with pytest.warns(UserWarning, match="lowered"):
+    with pytest.warns(UserWarning, match="s_range: 8 .* lowered to 7"):
         assert get_rnnt_prune_ranges(*grads, boundary, 8).shape[2] == 7
+
+
+@pytest.mark.parametrize(("T", "S", "s_range", "R"), [(3, 13, 5, 6), (1, 9, 2, 10), (4, 30, 2, 9)])
+def test_range_too_small_for_a_path_is_raised(T, S, s_range, R):
+    def losses(frames_B, rnnt_type="regular"):
+        lm, am, symbols, boundary = problem(len(frames_B), max(frames_B), S)
+        boundary[:, 3] = torch.tensor(frames_B)
+        _, grads = rnnt_loss_simple(lm, am, symbols, 0, boundary, rnnt_type, return_grad=True)
+        ranges = get_rnnt_prune_ranges(*grads, boundary, s_range)
+        am_pruned, lm_pruned = do_rnnt_pruning(am, lm, ranges)
+        return ranges.shape[2], rnnt_loss_pruned(
+            am_pruned + lm_pruned, symbols, ranges, 0, boundary, rnnt_type, reduction="none"
+        )
+
+    # Where all utterances are short, where one is, and where one has no frame and so no path.
+    for frames_B, finite_B in (([T, T], [True] * 2), ([9 * S, T, 0], [True, True, False])):
+        with pytest.warns(UserWarning, match=f"s_range: {s_range} .* raised to {R}"):
+            found, loss_B = losses(frames_B)
+        assert found == R and loss_B.isfinite().tolist() == finite_B
+    # One frame more is enough for a smaller range, and other types need none.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, loss_B = losses([-(-S // (s_range - 1))])
+        assert found == s_range and loss_B.isfinite().all()
+        for rnnt_type in ("modified", "constrained"):
+            found, loss_B = losses([S], rnnt_type)
+            assert found == s_range and loss_B.isfinite().all()
+
+
+def test_range_of_one_holds_a_modified_path_and_no_constrained_one():
+    lm, am, symbols, boundary = problem(2, 4, 4)
+    for rnnt_type, finite in (("modified", True), ("constrained", False)):
+        _, grads = rnnt_loss_simple(lm, am, symbols, 0, boundary, rnnt_type, return_grad=True)
+        ranges = get_rnnt_prune_ranges(*grads, boundary, 1)
+        am_pruned, lm_pruned = do_rnnt_pruning(am, lm, ranges)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loss = rnnt_loss_pruned(
+                am_pruned + lm_pruned, symbols, ranges, 0, boundary, rnnt_type, reduction="none"
+            )
+        assert loss.isfinite().tolist() == [finite] * 2 and len(caught) == 1 - finite
 
 
 @pytest.mark.parametrize(
@@ -365,7 +407,7 @@ def test_backend_k2_is_used_where_it_imports(monkeypatch):
     am, lm, ranges = torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), full_ranges(1, 2, 1)
     for module, auto in ((k2, "k2"), (None, None)):  # None in sys.modules: the import fails
         monkeypatch.setitem(sys.modules, "k2", module)
-        rnnt._import_k2.cache_clear()
+        rnnt.import_k2.cache_clear()
         if auto:
             assert rnnt.do_rnnt_pruning(am, lm, ranges=ranges) == "k2"
             assert rnnt.do_rnnt_pruning(am, lm, ranges, backend="k2") == "k2"
@@ -374,5 +416,38 @@ def test_backend_k2_is_used_where_it_imports(monkeypatch):
             with pytest.raises(ValueError, match="does not import"):
                 rnnt.do_rnnt_pruning(am, lm, ranges, backend="k2")
         assert rnnt.do_rnnt_pruning(am, lm, ranges, backend="native")[0].shape == (1, 2, 2, 3)
-    rnnt._import_k2.cache_clear()
+    rnnt.import_k2.cache_clear()
     assert len(calls) == 2 and calls[0][1]["ranges"] is ranges
+
+
+def test_what_k2_asserts_against_is_computed_here(monkeypatch):
+    k2 = types.ModuleType("k2")
+    monkeypatch.setitem(sys.modules, "k2", k2)
+    rnnt.import_k2.cache_clear()
+    for name in ("rnnt_loss_smoothed", "rnnt_loss_pruned", "get_rnnt_prune_ranges"):
+        monkeypatch.setattr(k2, name, lambda *args, **kwargs: "k2", raising=False)
+    k2.mutual_information_recursion = k2.rnnt_loss_smoothed
+
+    def backends_of(T, S, s_range, frames=None):
+        """Who has solved a problem: the simple loss, ranges, the pruned loss, the recursion."""
+        lm, am, symbols, boundary = problem(1, T, S, dtype=torch.float32)
+        boundary[:, 3] = frames or T
+        _, grads = rnnt_loss_smoothed(lm, am, symbols, 0, return_grad=True)
+        logits = am[:, :, None] + lm[:, None]
+        found = (
+            rnnt.rnnt_loss_smoothed(lm, am, symbols, 0, backend="k2"),
+            rnnt.get_rnnt_prune_ranges(*grads, boundary, s_range),
+            rnnt.rnnt_loss_pruned(logits, symbols, full_ranges(1, T, S), 0, boundary),
+            rnnt.mutual_information_recursion(*grads, boundary),
+        )
+        return ["k2" if isinstance(value, str) else "native" for value in found]
+
+    assert backends_of(6, 6, 2) == ["k2"] * 4
+    assert backends_of(6, 0, 1) == ["native"] * 4
+    assert backends_of(2, 3, 4) == ["native"] * 3 + ["k2"]
+    for changed in ({"s_range": 1}, {"s_range": 8}, {"s_range": 2, "frames": 5}):
+        with pytest.warns(UserWarning, match="s_range"):
+            assert backends_of(6, 6, **changed) == ["k2", "native", "k2", "k2"]
+    with pytest.raises(ValueError, match="lm must be"):
+        rnnt.rnnt_loss_smoothed(torch.zeros(3), torch.zeros(3), torch.zeros(1, 1), 0)
+    rnnt.import_k2.cache_clear()

@@ -8,11 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+from mvqkd.losses import rnnt
+
+if sys.platform != "linux":  # for which there is no Triton, as requirements.lock knows
+    pytest.importorskip("triton")
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mvqkd.losses import rnnt, rnnt_triton
+from mvqkd.losses import rnnt_triton
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,5 +167,15 @@ def test_torch_code_where_it_cannot_be_built_or_imported(monkeypatch):
         assert rnnt._triton_kernels(torch.device("cpu")) is None
     monkeypatch.setitem(sys.modules, "mvqkd.losses.rnnt_triton", None)
     rnnt._triton_kernels.cache_clear()
-    assert rnnt._triton_kernels(torch.device("cpu")) is None
+    with pytest.warns(UserWarning, match="slower transducer loss: import of mvqkd.losses.rnnt_"):
+        assert rnnt._triton_kernels(torch.device("cpu")) is None
+    rnnt._triton_kernels.cache_clear()
+
+
+def test_old_triton_gets_a_warning(monkeypatch):
+    rnnt._triton_kernels.cache_clear()
+    monkeypatch.delattr(triton.language, "gather")
+    monkeypatch.delitem(sys.modules, "mvqkd.losses.rnnt_triton")
+    with pytest.warns(UserWarning, match=r"slower transducer loss: .* has no gather"):
+        assert rnnt._triton_kernels(torch.device("cpu")) is None
     rnnt._triton_kernels.cache_clear()

@@ -54,6 +54,19 @@ def test_rounds_are_those_of_encode():
         assert found["rrl"][str(rounds)] == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_rounds_go_on_from_the_beam_search():
+    quantizer = Quantizer(6, 16, 4, torch.Generator().manual_seed(1))
+    quantizer.beam = 4
+    frames = torch.randn(300, 6, generator=torch.Generator().manual_seed(2))
+    found = diagnose(quantizer, frames, torch.zeros(6), rounds=(0, 2))
+    for rounds in (0, 2):
+        error = quantizer.decode(quantizer.encode(frames, rounds)) - frames
+        expected = error.square().sum() / frames.square().sum()
+        assert found["rrl"][str(rounds)] == pytest.approx(expected.item(), rel=1e-4)
+    quantizer.beam = 0
+    assert found["rrl"]["0"] < diagnose(quantizer, frames, torch.zeros(6), rounds=(0,))["rrl"]["0"]
+
+
 def test_equal_codebooks_show():
     quantizer, frames = _quantizer_of_two_axes(), _grid()
     with torch.no_grad():
@@ -85,8 +98,10 @@ def test_unused_codebooks_are_an_error_with_its_cause():
 def test_worse_than_the_mean_is_an_error_with_its_cause(rrl):
     found = diagnose(_quantizer_of_two_axes(), _grid(), torch.zeros(2))
     found["rrl"]["5"] = rrl
-    with pytest.raises(RecipeError, match="worse than the mean alone; likely"):
+    with pytest.raises(RecipeError, match="worse than the mean alone; likely") as caught:
         check_diagnostics(found)
+    for cause in ("too few frames", "not normalized (set standardize: true)", "too few training"):
+        assert cause in str(caught.value)
 
 
 def test_bad_frames_are_named():

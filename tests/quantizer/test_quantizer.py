@@ -29,12 +29,24 @@ def test_bytes_and_decoding_are_the_peers(codebook_size):
     torch.testing.assert_close(ours.decode(plain), ours.decode(codes))
 
 
-@pytest.mark.parametrize("codebook_size", [16, 256])
-def test_losses_and_gradients_are_the_peers(codebook_size):
-    ours, peer = pair(4, codebook_size)
+@pytest.mark.parametrize(
+    "num_codebooks,codebook_size,rounds",
+    [
+        (4, 16, 2),
+        (4, 256, 2),
+        (1, 16, 0),
+        (1, 256, 0),
+        (2, 256, 0),
+        (2, 256, 3),
+        (8, 16, 1),
+        (16, 16, 5),
+    ],
+)
+def test_losses_and_gradients_are_the_peers(num_codebooks, codebook_size, rounds):
+    ours, peer = pair(num_codebooks, codebook_size)
     x = frames_for(ours, 60)
     gradients = []
-    losses = [ours.compute_loss(x, 2), peer.compute_loss(x, 2)]
+    losses = [ours.compute_loss(x, rounds), peer.compute_loss(x, rounds)]
     for a, b in zip(*losses):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     for module, parts in zip((ours, peer), losses):
@@ -76,15 +88,31 @@ def test_tables_follow_the_centers():
     assert pickle.loads(pickle.dumps(ours))._tables is None
 
 
-def test_tables_follow_a_fused_optimizer():
+@pytest.mark.parametrize("through", ["compute_loss with rounds", "compute_loss", "decode"])
+def test_tables_follow_a_fused_optimizer(through):
     # It changes the weights without telling that it did.
     ours, _ = pair(2)
     x = frames_for(ours, 30)
     optimizer = torch.optim.Adam(ours.parameters(), lr=0.5, fused=True)
-    ours.encode(x)
-    ours.compute_loss(x, 1)[0].backward()
+    codes = ours.encode(x)
+    if through == "decode":
+        loss = (ours.decode(codes) - x).square().sum()
+    else:
+        loss = ours.compute_loss(x, 1 if "rounds" in through else 0)[0]
+    loss.backward()
     optimizer.step()
+    assert not torch.equal(ours.encode(x), codes)
     assert torch.equal(ours.encode(x), copy.deepcopy(ours).encode(x))
+
+
+def test_tables_of_frozen_centers_are_kept():
+    ours, _ = pair(2)
+    ours.requires_grad_(False)
+    x = frames_for(ours, 30)
+    tables = ours.search_tables()
+    ours.compute_loss(x, 1)
+    ours.decode(ours.encode(x))
+    assert ours.search_tables() is tables
 
 
 def test_decode_passes_gradient_and_refuses_padding():
@@ -142,6 +170,38 @@ def test_the_hash_sees_every_weight_and_not_the_name():
     assert ours.weights_sha256() != before
 
 
+def test_the_beam_is_part_of_hash_and_name():
+    ours, _ = pair(2)
+    hashes, ids = set(), set()
+    for beam in (0, 4, 5):
+        ours.beam = beam
+        ours.set_id_from_weights()
+        hashes.add(ours.weights_sha256())
+        ids.add(ours.get_id())
+    assert len(hashes) == len(ids) == 3
+
+
+@pytest.mark.parametrize("beam", [0, 1, 16])
+def test_a_file_copied_alone_encodes_with_its_beam(tmp_path, beam):
+    ours, _ = pair(4)
+    ours.beam = beam
+    ours.set_id_from_weights()
+    path, copied = tmp_path / "quantizer.pt", tmp_path / "copied.pt"
+    save_quantizer(path, ours, {})
+    copied.write_bytes(path.read_bytes())
+    x = frames_for(ours, 60)
+    for file in (path, copied):
+        loaded, meta = load_quantizer(file)
+        assert loaded.beam == meta["beam"] == beam
+        assert meta["sha256"] == ours.weights_sha256()
+        assert torch.equal(loaded.encode(x, 0), ours.encode(x, 0))
+    # The authors' package does not know of it, and keeps the name.
+    peer = PeerQuantizer(12, 16, 4)
+    peer.load_state_dict(torch.load(path, weights_only=True))
+    torch.save(peer.state_dict(), copied)
+    assert load_quantizer(copied)[0].beam == beam
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "other", "shapes", "nan", "missing"])
 def test_damaged_files_get_one_line(tmp_path, damage):
     ours, _ = pair(2)
@@ -175,6 +235,10 @@ def test_sidecar_of_other_weights_is_refused(tmp_path):
     sidecar.write_text(json.dumps({**facts, "sha256": "0" * 64}))
     with pytest.raises(RecipeError, match="written for 000000000000"):
         load_quantizer(path)
-    sidecar.write_text("{")
-    with pytest.raises(RecipeError, match="json: damaged"):
+    sidecar.write_text(json.dumps({**facts, "beam": 8}))
+    with pytest.raises(RecipeError, match="weights and beam hash to"):
         load_quantizer(path)
+    for text in ("{", "[]", json.dumps({**facts, "beam": None})):
+        sidecar.write_text(text)
+        with pytest.raises(RecipeError, match="json: damaged"):
+            load_quantizer(path)

@@ -7,6 +7,7 @@ import pytest
 from local import study_quantizer
 from mvqkd.errors import RecipeError
 from mvqkd.quantizer import QuantizerSettings
+from mvqkd.quantizer import study as study_module
 from mvqkd.quantizer.study import StudySettings
 from mvqkd.teachers.embeddings import SampleSettings
 
@@ -34,7 +35,27 @@ def test_each_layer_and_each_number_of_codebooks_once(settings, tmp_path):
     kept = {row: q["variance_kept"] for row, q in zip(rows, found["quantizers"])}
     assert kept[2, 1] < kept[2, 4] < 1
     assert kept[1, 2] == 1 - found["quantizers"][0]["rrl"]["5"]
+    assert [q["problem"] for q in found["quantizers"]] == [None] * 4
     assert sorted(p.name for p in tmp_path.iterdir()) == ["study.json", "study.png"]
+
+
+def test_a_quantizer_that_stage_4_would_refuse_is_reported(settings, tmp_path, monkeypatch, caplog):
+    settings.study = StudySettings(num_codebooks=[2], layers=[2])
+    real = study_module.diagnose
+    monkeypatch.setattr(
+        study_module, "diagnose", lambda *a, **k: {**real(*a, **k), "entropy_bits": [3.0, 0.1]}
+    )
+    study_quantizer.main(settings)
+    (found,) = json.loads((tmp_path / "study.json").read_text())["quantizers"]
+    assert "codebooks 1 are not used; likely" in found["problem"]
+    assert f"layer 2, N = 2: {found['problem']}" in caplog.text
+
+
+def test_sizes_that_no_quantizer_can_have_are_refused_first(settings, tmp_path):
+    settings.study = StudySettings(num_codebooks=[2, 3])
+    with pytest.raises(RecipeError, match="num_codebooks: 3 is not a power of two"):
+        study_quantizer.main(settings)
+    assert not list(tmp_path.iterdir())
 
 
 def test_goes_on_where_it_was(settings, tmp_path, monkeypatch):

@@ -42,6 +42,7 @@ LSQ = QuantizerSettings(
     logits_iters=5,
     lsq_frames=500,
 )
+BEAM = dataclasses.replace(LSQ, beam=4)
 
 
 def _frames(num_frames=600, dim=DIM, seed=0):
@@ -99,7 +100,7 @@ class _KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("settings", [PAPER, LSQ], ids=["paper", "lsq"])
+@pytest.mark.parametrize("settings", [PAPER, LSQ, BEAM], ids=["paper", "lsq", "beam"])
 @pytest.mark.parametrize("kill_at", [2, 6])
 @pytest.mark.parametrize("pool_frames", [128, 65536])
 def test_a_killed_run_ends_the_same(settings, kill_at, pool_frames, tmp_path, monkeypatch):
@@ -124,6 +125,7 @@ def test_a_killed_run_ends_the_same(settings, kill_at, pool_frames, tmp_path, mo
     resumed = train_quantizer(frames, settings, checkpoint_path=path, progress=lines.append)
     assert f"at step {kill_at}" in lines[0]
     assert resumed.weights_sha256() == whole.weights_sha256()
+    assert resumed.beam == whole.beam == settings.beam
 
 
 def test_least_squares_reconstructs_unseen_frames():
@@ -141,9 +143,8 @@ def test_least_squares_reconstructs_unseen_frames():
 
 def test_alternations_improve_residual_codebooks():
     frames, mean = _frames(), _frames().mean(dim=0)
-    settings = dataclasses.replace(LSQ, beam=4)
-    started = train_quantizer(frames, dataclasses.replace(settings, lsq_iters=0), progress=None)
-    finished = train_quantizer(frames, settings, progress=None)
+    started = train_quantizer(frames, dataclasses.replace(BEAM, lsq_iters=0), progress=None)
+    finished = train_quantizer(frames, BEAM, progress=None)
     assert finished.beam == 4
     assert _rrl(finished, frames, mean) < 0.99 * _rrl(started, frames, mean) < 0.5
 
@@ -230,10 +231,28 @@ def test_bad_frames_are_named(monkeypatch):
         train_quantizer(frames, LSQ, progress=None, name="sample.h5")
     with pytest.raises(RecipeError, match="15 frames, at least 16"):
         train_quantizer(_frames(15), LSQ, progress=None)
-    with pytest.raises(RecipeError, match="lsq_frames: 4"):
-        train_quantizer(_frames(), dataclasses.replace(LSQ, lsq_frames=4), progress=None)
-    with pytest.raises(RecipeError, match="codebook_size: 32 is not a square"):
-        train_quantizer(_frames(), dataclasses.replace(PAPER, codebook_size=32), progress=None)
+
+
+@pytest.mark.parametrize(
+    "settings,values,cause",
+    [
+        (PAPER, {"num_codebooks": 3}, "num_codebooks: 3 is not a power of two"),
+        (LSQ, {"num_codebooks": 0}, "num_codebooks: 0 is not a power of two"),
+        (LSQ, {"codebook_size": 100}, "codebook_size: 100 is not a power of two"),
+        (PAPER, {"codebook_size": 32}, "codebook_size: 32 is not a square"),
+        (LSQ, {"lsq_frames": 4}, "lsq_frames: 4 frames for 16 entries; set it higher"),
+        (LSQ, {"beam": 257}, "beam: 257 is not in 0..256"),
+        (PAPER, {"beam": 16}, "beam: 16 with trainer: paper, .*; set trainer: lsq, or beam: 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_any_frame(settings, values, cause):
+    with pytest.raises(RecipeError, match=cause):
+        dataclasses.replace(settings, **values)
+
+
+def test_the_paper_trainer_names_the_number_it_was_given():
+    with pytest.raises(RecipeError, match="bytes_per_frame: 3 is not a power of two"):
+        QuantizerTrainer(DIM, 3, "cpu")
 
 
 def test_checkpoints_of_other_runs_are_refused(tmp_path, monkeypatch):

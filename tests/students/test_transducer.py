@@ -168,6 +168,17 @@ def test_utterances_without_transcript_have_no_losses_and_zero_gradients():
         assert parameter.grad is not None and parameter.grad.count_nonzero() == 0, name
 
 
+def test_more_tokens_than_the_prune_range_reaches_have_a_loss():
+    model = make_model(0.0).eval()
+    x_BTF = torch.randn(2, 60, CONFIG["num_features"], generator=torch.Generator().manual_seed(5))
+    # 14 and 3 frames; a range of 5 comes to 12 tokens on 3 frames, one of 6 to 15.
+    tokens, lens_B = [[1, 2, 3], [4, 5] * 7], torch.tensor([60, 16])
+    with pytest.warns(UserWarning, match="s_range: 5 leaves an utterance .* raised to 6"):
+        out = model(x_BTF, lens_B, tokens)
+    assert out.encoder_lens_B.tolist() == [14, 3]
+    assert out.simple_loss_B.isfinite().all() and out.pruned_loss_B.isfinite().all()
+
+
 def test_bf16_is_close_to_float32():
     gradients = []
     for enabled in (False, True):

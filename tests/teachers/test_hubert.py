@@ -5,6 +5,7 @@ import json
 import h5py
 import pytest
 import torch
+from lhotse import CutSet
 from torch.nn import functional as F
 from transformers import HubertForCTC, Wav2Vec2ForCTC, WavLMForCTC
 
@@ -69,6 +70,27 @@ def test_layers_are_those_of_transformers(any_teacher):
             last_1TD = encoder.layer_norm(last_1TD)
         torch.testing.assert_close(last_1TD, expected.last_hidden_state, atol=1e-5, rtol=0)
     assert len(encoder.layers) == any_teacher.num_layers == 2
+
+
+def test_layers_above_are_not_run(any_teacher):
+    run = []
+    for number, layer in enumerate(any_teacher.model.base_model.encoder.layers, start=1):
+        layer.register_forward_hook(lambda *_, number=number: run.append(number))
+    for wanted in (1, 2):
+        any_teacher.embed(*waveforms(8000, 5000), wanted)
+        assert run == list(range(1, wanted + 1))
+        run.clear()
+
+
+def test_half_precision_gives_float32_close_to_it(any_teacher):
+    waveforms_BL, lengths_B = waveforms(9000, 16000)
+    for layer in (1, 2):
+        whole_BTD, _ = any_teacher.embed(waveforms_BL, lengths_B, layer)
+        half_BTD, _ = any_teacher.embed(waveforms_BL, lengths_B, layer, torch.bfloat16)
+        assert half_BTD.dtype == torch.float32
+        whole_TD, half_TD = whole_BTD[1], half_BTD[1]
+        error = (half_TD - whole_TD).square().sum()
+        assert 0 < error < 1e-3 * (whole_TD - whole_TD.mean(0)).square().sum()
 
 
 def test_number_and_place_of_frames(any_teacher):
@@ -138,7 +160,7 @@ def test_layer_out_of_range_and_too_short_utterance(teacher):
     for layer in (0, 3, -1):
         with pytest.raises(RecipeError, match=rf"teacher tiny: layer {layer} is not in 1\.\.2"):
             teacher.embed(*waveforms(8000), layer)
-    with pytest.raises(RecipeError, match="utterance of 399 samples is shorter than one frame"):
+    with pytest.raises(RecipeError, match="an utterance: 399 samples are shorter than one frame"):
         teacher.embed(*waveforms(8000, 399), 1)
 
 
@@ -279,6 +301,21 @@ def test_transcribe_takes_out_repeats_and_blanks(teacher, monkeypatch):
     assert teacher.transcribe(*waveforms(800, 700, 600)) == ["AABB C", "OOH'", ""]
 
 
+def test_bad_utterances_of_a_sample_are_left_out_and_listed(plain_cuts, teacher, tmp_path):
+    out, cuts = tmp_path / "embeddings.h5", list(plain_cuts)
+    cuts[1] = cuts[1].truncate(duration=0.01, preserve_id=True)
+    cuts = CutSet.from_cuts(cuts)
+    with pytest.raises(RecipeError, match=r"\(1 of 7 utterances are bad, more than .* sample.yaml"):
+        sample_embeddings(cuts, teacher, 2, out, SampleSettings(), CPU)
+    assert list(tmp_path.iterdir()) == []
+    sample_embeddings(cuts, teacher, 2, out, SampleSettings(max_bad_share=0.2), CPU)
+    listed = (tmp_path / "bad-utterances.txt").read_text()
+    assert listed.startswith(f"cut {cuts[1].id}: 160 samples are shorter than one frame of teacher")
+    with open_sample(out) as (train, unseen, _):
+        taken = [*train.utterances, *unseen.utterances]
+    assert sorted(taken) == sorted(cut.id for cut in cuts if cut.id != cuts[1].id)
+
+
 def test_sample_of_embeddings(plain_cuts, teacher, tmp_path):
     out = tmp_path / "embeddings.h5"
     settings = SampleSettings(num_utterances=5, num_unseen=2, max_duration=5)
@@ -320,3 +357,22 @@ def test_sample_of_embeddings(plain_cuts, teacher, tmp_path):
         pass
     with pytest.raises(RecipeError, match=r"sample\.num_utterances: .* fewer than 2"):
         sample_embeddings(plain_cuts, teacher, 2, out, SampleSettings(num_utterances=1), CPU)
+
+
+def test_a_frame_of_the_sample_that_is_not_finite_is_named(
+    plain_cuts, teacher, tmp_path, monkeypatch
+):
+    layers, bad = type(teacher)._layers, list(plain_cuts)[2]
+
+    def spoiled(self, waveforms_BL, lengths_B, *rest):
+        found = [x_BTD.clone() for x_BTD in layers(self, waveforms_BL, lengths_B, *rest)]
+        found[0][lengths_B == bad.num_samples, 4, 0] = float("nan")
+        return found
+
+    monkeypatch.setattr(type(teacher), "_layers", spoiled)
+    with pytest.raises(RecipeError) as caught:
+        sample_embeddings(plain_cuts, teacher, 1, tmp_path / "a.h5", SampleSettings(), CPU)
+    assert f"layer 1 of tiny: 1 frames with NaN or infinity (cut {bad.id} frame 4)" in str(
+        caught.value
+    )
+    assert not list(tmp_path.iterdir())

@@ -33,7 +33,8 @@ OFF.update(feat_proj_dropout=0.0, layerdrop=0.0, mask_time_prob=0.05)
 def unit_cuts(plain_cuts, tmp_path_factory):
     cuts = CutSet.from_cuts(list(plain_cuts)[:4])
     settings = UnitSettings(
-        kmeans=KMeansSettings(NUM_UNITS, num_epochs=2, num_starts=1), labels=LabelSettings(20, 4)
+        kmeans=KMeansSettings(NUM_UNITS, num_epochs=2, num_starts=1),
+        labels=LabelSettings(20, 4, num_threads=1),
     )
     folder = tmp_path_factory.mktemp("units")
     return label_units(cuts, CutSet.from_cuts([]), Mfcc(), settings, folder, CPU)[0].to_eager()

@@ -26,7 +26,7 @@ from tests.conftest import CPU
 
 SETTINGS = UnitSettings(
     kmeans=KMeansSettings(num_units=6, sample_hours=1, batch_size=200, num_epochs=3, num_starts=2),
-    labels=LabelSettings(max_duration=8, shard_size=2),
+    labels=LabelSettings(max_duration=8, shard_size=2, num_threads=1),
 )
 
 
@@ -121,11 +121,11 @@ def test_labels_are_the_nearest_centroids_and_resume(tmp_path, plain_cuts, monke
 
     shards, label = [], Dumper.__call__
 
-    def killed(self, cuts, arrays):
+    def killed(self, cuts, arrays, **options):
         shards.append(len(cuts))
         if len(shards) == 2:
             raise KeyboardInterrupt
-        return label(self, cuts, arrays)
+        return label(self, cuts, arrays, **options)
 
     monkeypatch.setattr(Dumper, "__call__", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -65,6 +65,19 @@ def test_layers_are_those_of_transformers(teacher, model, extractor):
     assert frames_1.tolist() == [28] and (teacher.dim, teacher.num_layers) == (16, 2)
 
 
+def test_layers_above_are_not_run_and_half_precision_is_close(teacher):
+    run, heard = [], []
+    for number, layer in enumerate(teacher.encoder.layers, start=1):
+        layer.register_forward_hook(lambda *_, number=number: run.append(number))
+    teacher.encoder.conv1.register_forward_pre_hook(lambda _, args: heard.append(args[0]))
+    whole_1TD, _ = teacher.embed(*waveforms(9000), 1)
+    half_1TD, _ = teacher.embed(*waveforms(9000), 1, torch.bfloat16)
+    assert run == [1, 1] and half_1TD.dtype == torch.float32
+    assert torch.equal(heard[0], heard[1])  # the spectrum is of float32
+    error = (half_1TD - whole_1TD).square().sum()
+    assert 0 < error < 1e-3 * (whole_1TD - whole_1TD.mean(1)).square().sum()
+
+
 def test_embedding_does_not_depend_on_the_batch(teacher):
     check_independence(teacher, 9000, 400, 16000, 5123)
 
@@ -84,7 +97,7 @@ def test_number_and_place_of_frames(teacher):
     assert (teacher.frame_shift, teacher.frame_offset) == (0.02, 0.0)
     for num_samples, frames in ((319, 0), (320, 1), (639, 1), (640, 2), (16000, 50)):
         assert teacher.num_frames(num_samples) == frames
-    with pytest.raises(RecipeError, match="utterance of 319 samples is shorter than one frame"):
+    with pytest.raises(RecipeError, match="an utterance: 319 samples are shorter than one frame"):
         teacher.embed(*waveforms(8000, 319), 1)
     # What happens at a sample changes the frames around the one that is centred there.
     waveforms_1L, lengths_1 = waveforms(16000)

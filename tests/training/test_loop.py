@@ -1,14 +1,17 @@
 """The training loop on a small regression task."""
 
 import json
+import re
 import shutil
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from mvqkd.errors import RecipeError
+from mvqkd.training import loop
 from mvqkd.training.checkpoint import load_checkpoint
 from mvqkd.training.loop import TrainingSettings, train
 
@@ -286,6 +289,82 @@ def test_scan_changes_nothing(tmp_path):
     train(Task(), replace(SETTINGS, scan_batches="always"), tmp_path / "with", CPU)
     ours, theirs = (state_of(tmp_path / name / "checkpoint.pt") for name in ("with", "without"))
     assert same(ours, theirs)
+
+
+def scalars_of(folder):
+    """What TensorBoard shows: by tag, the (step, value) in order."""
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {
+        tag: [(event.step, event.value) for event in board.Scalars(tag)]
+        for tag in board.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_shows_the_log_of_a_resumed_run_too(tmp_path):
+    settings = replace(SETTINGS, checkpoint_seconds=0)
+    with pytest.raises(Killed):
+        train(Task(kill_at=8), settings, tmp_path, CPU)
+    train(Task(), settings, tmp_path, CPU)
+    expected = {}
+    for entry in log_of(tmp_path):
+        for name in entry.keys() - {"kind", "step", "epoch"}:
+            tag = f"{entry['kind']}/{name}"
+            expected.setdefault(tag, []).append((entry["step"], pytest.approx(entry[name])))
+    assert expected.keys() == {"train/square", "train/lr", "dev/out"}
+    assert scalars_of(tmp_path) == expected
+
+
+def test_progress_line_has_the_rate_and_the_time_left(tmp_path, caplog, monkeypatch):
+    now = [100.0]
+
+    class Timed(Task):
+        """A batch of 2 s of speech takes a quarter of a second."""
+
+        def loss(self, *args):
+            now[0] += 0.25
+            return super().loss(*args)
+
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    caplog.set_level("INFO")
+    settings = replace(SETTINGS, num_epochs=60)
+    train(Timed(), settings, tmp_path, CPU)
+    lines = [line for line in caplog.messages if "x real time" in line]
+    assert len(lines) == 60 * BATCHES // 2
+    # 300 batches take 75 s.
+    pattern = r"epoch (\d+)/60, step (\d+): square \S+, lr \S+, 8 x real time, (\S+) min left"
+    found = [re.fullmatch(pattern, line).groups() for line in lines]
+    assert found[0] == ("1", "2", "1.2") and found[-1] == ("60", "300", "0.0")
+    for epoch, step, left in found:
+        assert int(epoch) == (int(step) - 1) // BATCHES + 1
+        assert float(left) == pytest.approx((300 - int(step)) / 240, abs=0.051)
+
+
+@pytest.mark.parametrize(
+    ("precision", "has_bf16", "expected"),
+    [
+        ("bf16", False, torch.bfloat16),
+        ("auto", True, torch.bfloat16),
+        ("auto", False, torch.float32),
+        ("float32", True, torch.float32),
+    ],
+)
+def test_precision(tmp_path, monkeypatch, precision, has_bf16, expected):
+    used = set()
+
+    class Seen(Task):
+        def loss(self, batch, step, warmup):
+            used.add(self.model(batch.x_BC).dtype)
+            return super().loss(batch, step, warmup)
+
+    monkeypatch.setattr(loop, "has_bf16", lambda device: has_bf16)
+    train(Seen(), replace(SETTINGS, precision=precision, num_epochs=1), tmp_path, CPU)
+    assert used == {expected}
+    saved = state_of(tmp_path / "epoch-1.pt")
+    assert {v.dtype for table in ("model", "model_avg") for v in saved[table].values()} == {
+        torch.float32
+    }
+    moments = [v for state in saved["optimizer"]["state"].values() for v in state.values()]
+    assert all(v.dtype == torch.float32 for v in moments if isinstance(v, torch.Tensor))
 
 
 def test_settings_that_make_no_sense():

@@ -10,6 +10,7 @@ import torch
 from lhotse import CutSet
 from torch import distributed, multiprocessing, nn
 
+from mvqkd import processes
 from mvqkd.data.audio import AudioBatch, bucketed_batches, largest_batches
 from mvqkd.data.datamodule import SpecAugmentSettings, StudentBatch
 from mvqkd.errors import RecipeError
@@ -36,8 +37,9 @@ def _process(index, function, args, port, folder):
     # run has its own keys, for one may have gone on to the next.
     store = distributed.TCPStore("127.0.0.1", port, is_master=False)
     connect, runs = distributed.init_process_group, itertools.count()
-    distributed.init_process_group = lambda backend: connect(
+    distributed.init_process_group = lambda backend, timeout: connect(
         backend,
+        timeout=timeout,
         store=distributed.PrefixStore(str(next(runs)), store),
         rank=index,
         world_size=2,
@@ -328,6 +330,7 @@ SCRIPT = """
 import sys
 from dataclasses import dataclass
 from mvqkd import cli
+from mvqkd import processes
 from mvqkd.errors import RecipeError
 from mvqkd.processes import connected, gathered, rank
 import torch
@@ -361,3 +364,14 @@ def test_launch_passes_one_line_on(tmp_path):
     # What torch's own threads may say when the other process is ended is not ours.
     lines = [line for line in done.stderr.splitlines() if not line.startswith("terminate called")]
     assert lines == [f"{script}: FILE: of process 1; mend it"]
+
+
+def test_processes_wait_for_longer_than_the_main_one_takes_to_cluster(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(distributed, "init_process_group", lambda *args, **kw: asked.update(kw))
+    monkeypatch.setattr(distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(processes, "gathered", lambda value: [value])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with processes.connected(CPU):
+        pass
+    assert asked["timeout"].total_seconds() > 6 * 3600
