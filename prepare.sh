@@ -18,6 +18,7 @@ corpus=mini      # a folder of egs/
 size=""          # of corpus mini: smoke, small (the default) or full
 split=""         # of corpus digits: take (the default) or speaker
 dl_dir=""        # a copy of what would be downloaded
+untranscribed_parts=""  # speech that is learned from without its transcripts, see README.md
 noise_dir=""     # a folder of noise that is mixed into training, or none; the recipe's where empty
 num_workers=2    # processes
 overlay=""       # a folder of conf files that win over all others
@@ -51,6 +52,34 @@ if ((stage <= 2 && stop_stage >= 2)); then
         --train_parts "$(list $train_parts)" --test_parts "$(list $dev_parts $test_parts)" \
         --out_dir "$data/fbank" --num_workers "$num_workers"
 fi
+for part in $untranscribed_parts; do
+    made=$data/manifests after="manifests"
+    if [[ " $more_parts " == *" $part "* ]]; then
+        made=$data/untranscribed/manifests after="more-manifests-$part"
+        if ((stage <= 0 && stop_stage >= 0)); then
+            # shellcheck disable=SC2046
+            step "more-corpus-$part" "" "$data/untranscribed/corpus/$part" \
+                python3 "${make_corpus:-egs/$corpus/make_corpus.py}" $(conf corpus) --parts "[$part]" \
+                ${dl_dir:+--dl_dir "$dl_dir"} --out_dir "$data/untranscribed/corpus/$part" \
+                --num_workers "$num_workers"
+        fi
+        if ((stage <= 1 && stop_stage >= 1)); then
+            # shellcheck disable=SC2046
+            step "more-manifests-$part" "more-corpus-$part" "$made/$part.jsonl.gz" \
+                python3 local/prepare_manifests.py $(conf check) --parts "[$part]" \
+                --corpus_dir "$data/untranscribed/corpus/$part" --out_dir "$made"
+        fi
+    fi
+    if ((stage <= 2 && stop_stage >= 2)); then
+        # At their own speed alone: there is more of it than of the transcribed speech.
+        # shellcheck disable=SC2046
+        step "more-features-$part" "$after" \
+            "$data/untranscribed/fbank/$part $data/untranscribed/fbank/$part.jsonl.gz" \
+            python3 local/compute_features.py $(conf features) --manifests_dir "$made" \
+            --train_parts "[]" --test_parts "[$part]" --out_dir "$data/untranscribed/fbank" \
+            --num_workers "$num_workers"
+    fi
+done
 if [[ -n $noise ]] && ((stage <= 2 && stop_stage >= 2)); then
     # shellcheck disable=SC2046
     step noise "" "$data/noise $data/noise/noise.jsonl.gz" \

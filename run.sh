@@ -26,6 +26,8 @@ corpus=mini          # a folder of egs/
 size=""              # of corpus mini: smoke, small (the default) or full
 split=""             # of corpus digits: take (the default) or speaker
 dl_dir=""            # a copy of what would be downloaded
+untranscribed_parts=""  # parts of the corpus that students with a teacher learn from as well, without
+                     # their transcripts; these students are called STUDENT-and-untranscribed
 noise_dir=""         # a folder of noise that is mixed into training, or none; the recipe's where empty
 decoding=""          # a file of conf/decoding/, without .yaml, on top of decoding.yaml
 device=auto          # auto|cpu|cuda: where to run
@@ -64,6 +66,11 @@ if [[ $use_extracted_codebook == true && $train_teacher$teacher$teacher_dir != f
         "--train-teacher" >&2
     exit 1
 fi
+if [[ $use_extracted_codebook == true && -n $untranscribed_parts ]]; then
+    echo "$0: --untranscribed-parts $untranscribed_parts: published indexes are of the training parts" \
+        "alone; leave one of them out" >&2
+    exit 1
+fi
 if [[ $use_extracted_codebook == false && -n $codebook_dir ]]; then
     echo "$0: --codebook-dir $codebook_dir: is of --use-extracted-codebook true" >&2
     exit 1
@@ -85,10 +92,7 @@ on() {
 # The recipe's students: lines of a name and the conf files that make it differ.
 listed=$students_file # by the call
 if [[ -z $students_file ]]; then
-    for file in conf/students.txt "conf/${scale:-none}/students.txt" \
-        "egs/$corpus/conf/students.txt" "egs/$corpus/conf/${size:-none}/students.txt"; do
-        [[ ! -f $file ]] || students_file=$file
-    done
+    students_file=$(recipe_file students.txt)
 elif [[ ! -f $students_file ]]; then
     echo "$0: --students-file $students_file: no such file; name one like conf/students.txt" >&2
     exit 1
@@ -153,13 +157,17 @@ if [[ -z $teacher && $use_extracted_codebook == false ]]; then
     check_confs "training a teacher at the scale of $corpus: " teacher-model teacher-training
 fi
 
-# Students that learn from other labels are others; those that the call lists have names of its own.
-if [[ $labels != mvq && -z $listed ]]; then
+# Students that learn from other labels or speech are others; those that the call lists have names of
+# its own.
+suffix=''
+[[ $labels == mvq ]] || suffix=-$labels
+[[ -z $untranscribed_parts ]] || suffix+=-and-untranscribed
+if [[ -n $suffix && -z $listed ]]; then
     for i in "${!student_names[@]}"; do
         student=${student_names[i]}
         [[ ${student_confs[$student]} != *distillation/none* ]] || continue
-        student_names[i]=$student-$labels
-        student_confs[$student-$labels]=${student_confs[$student]}
+        student_names[i]=$student$suffix
+        student_confs[$student$suffix]=${student_confs[$student]}
     done
 fi
 
@@ -172,6 +180,7 @@ invocation() {
         published="--use-extracted-codebook true ${codebook_dir:+--codebook-dir ${typed[codebook_dir]} }"
     files=${typed[dl_dir]:+--dl-dir ${typed[dl_dir]} }
     files+=${typed[noise_dir]:+--noise-dir ${typed[noise_dir]} }
+    files+=${untranscribed_parts:+--untranscribed-parts \"$untranscribed_parts\" }
     files+=${listed:+--students-file $listed }${overlay:+--overlay $overlay }${decoding:+--decoding $decoding }
     echo "./run.sh --corpus $corpus${size:+ --size $size}${split:+ --split $split}" \
         "${teacher:+--teacher $teacher }${teacher_dir:+--teacher-dir ${typed[teacher_dir]} }--labels $labels" \
@@ -187,9 +196,15 @@ manifests() {
     list "${paths[@]}"
 }
 
+# unread_labels PART: where the labels of a part without transcripts are.
+unread_labels() {
+    echo "$data/untranscribed/labels/$labels/$1"
+}
+
 if on 0; then
     attended ./prepare.sh --corpus "$corpus" --size "$size" --split "$split" \
-        --dl-dir "$dl_dir" --noise-dir "$noise_dir" --overlay "$overlay" \
+        --dl-dir "$dl_dir" --untranscribed-parts "$untranscribed_parts" \
+        --noise-dir "$noise_dir" --overlay "$overlay" \
         --num-workers "$num_workers" --dry-run "$dry_run" --debug "$debug"
 fi
 
@@ -292,6 +307,15 @@ if makes_labels 5; then
         python3 local/dump_labels.py $(conf labels) --teacher "$exp/teacher" \
         --quantizer "$quantizer" --train_manifest "$data/fbank/train.jsonl.gz" \
         --out "$data/labels/$labels/train.jsonl.gz" --device "$device"
+    for part in $untranscribed_parts; do
+        # shellcheck disable=SC2046
+        launcher=$label_launcher step "more-labels-$labels-$part" \
+            "quantizer-$labels more-features-$part" \
+            "$(unread_labels "$part") $(unread_labels "$part")/cuts.jsonl.gz" \
+            python3 local/dump_labels.py $(conf labels) --teacher "$exp/teacher" \
+            --quantizer "$quantizer" --out "$(unread_labels "$part")/cuts.jsonl.gz" \
+            --train_manifest "$data/untranscribed/fbank/$part.jsonl.gz" --device "$device"
+    done
 fi
 if [[ $use_extracted_codebook == true ]] && on 5; then
     # shellcheck disable=SC2046,SC2086
@@ -303,13 +327,18 @@ if [[ $use_extracted_codebook == true ]] && on 5; then
 fi
 
 train_student() {
-    local student=$1 confs kind_args=() after="features tokens"
+    local student=$1 confs part unread=() kind_args=() after="features tokens"
     local manifest=$data/fbank/train.jsonl.gz
     confs="student training ${student_confs[$student]}"
     if [[ $confs != *distillation/none* ]]; then
         after="labels-$labels tokens"
         manifest=$data/labels/$labels/train.jsonl.gz
         [[ $use_extracted_codebook == true ]] || kind_args=(--distillation.quantizer "$quantizer")
+        for part in $untranscribed_parts; do
+            after+=" more-labels-$labels-$part"
+            unread+=("$(unread_labels "$part")/cuts.jsonl.gz")
+        done
+        [[ ${#unread[@]} == 0 ]] || kind_args+=(--untranscribed_manifests "$(list "${unread[@]}")")
     fi
     if [[ -n $noise ]]; then
         after+=" noise"
@@ -326,17 +355,23 @@ train_student() {
 # other with all threads.
 train_students() {
     local student cores running=0
-    if [[ $dry_run == true || ${#trainer[@]} -gt 1 || $device == cuda ||
-        ($device == auto && (-e /dev/nvidiactl || -e /dev/dxg || -e /dev/kfd)) ]]; then
-        num_jobs=1
+    at_once=$num_jobs
+    if [[ ${#trainer[@]} -gt 1 ]] || takes_gpu; then
+        at_once=1
     elif [[ -z ${OMP_NUM_THREADS:-} ]]; then
         cores=$(nproc)
-        local -x OMP_NUM_THREADS=$((cores > num_jobs ? cores / num_jobs : 1))
+        local -x OMP_NUM_THREADS=$((cores > at_once ? cores / at_once : 1))
+    fi
+    if [[ $dry_run == true ]]; then
+        for student in "${student_names[@]}"; do
+            train_student "$student"
+        done
+        return
     fi
     # One that fails ends the others, which leave their checkpoints.
     trap 'kill $(jobs -p) 2>/dev/null || true; wait || true' EXIT
     for student in "${student_names[@]}"; do
-        if ((running >= num_jobs)); then
+        if ((running >= at_once)); then
             wait -n
             running=$((running - 1))
         fi

@@ -37,6 +37,8 @@ def main(settings: Settings) -> None:
             settings=settings.features,
             num_workers=settings.num_workers,
         )
+    if not settings.train_parts:
+        return
     # What students, codebooks and word pieces are trained on.
     with written_aside(settings.out_dir / "train.jsonl.gz") as aside:
         CutSet.from_cuts(c for part in settings.train_parts for c in done[part]).to_file(aside)

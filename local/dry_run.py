@@ -15,10 +15,15 @@ class Settings(CostSettings):
 
     # Lines of a step's name, todo or done, and its command.
     plan: Path = Path("/dev/stdin")
+    # Students that are trained side by side.
+    num_jobs: int = 1
+    # Whether there is a GPU that the steps would take.
+    gpu: bool = False
 
 
 def main(settings: Settings) -> None:
-    print(plan_text(settings.plan.read_text(), settings), end="")
+    device = "cuda" if settings.gpu else "cpu"
+    print(plan_text(settings.plan.read_text(), settings, settings.num_jobs, device), end="")
 
 
 if __name__ == "__main__":

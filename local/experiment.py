@@ -9,58 +9,87 @@ Alone, or in any number of processes and hosts at once, which share the students
 
 from __future__ import annotations
 
-import fcntl
 import logging
+import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mvqkd import cli
 from mvqkd.data.shards import place_in_job
 from mvqkd.errors import RecipeError
-from mvqkd.experiments.grid import GridSettings, Places, places_of, students_of, write_confs
-from mvqkd.experiments.runner import Calls, check_recipe, estimate, run_grid
+from mvqkd.experiments.grid import (
+    GridSettings,
+    Places,
+    RunOptions,
+    places_of,
+    students_of,
+    write_confs,
+)
+from mvqkd.experiments.runner import (
+    Calls,
+    check_recipe,
+    estimate,
+    run_grid,
+    state_of,
+    steps_to_do,
+)
+from mvqkd.files import locked
 from mvqkd.report.grids import collect_grid
 from mvqkd.report.table import write_results_json
 
 
 @dataclass
-class Settings(GridSettings):
+class Settings(RunOptions, GridSettings):
     """The grid, and how it is run."""
 
-    device: str = "auto"
     # Students at once in each process, which share the cores.
     num_jobs: int = 1
     # Only say how long it would take.
     plan: bool = False
 
 
-def write_results(settings: Settings, places: Places) -> None:
+def write_results(settings: Settings, places: Places, out_of_date: Mapping[str, str]) -> None:
     """One process at a time, so that none overwrites what another has found since."""
     path = places.results(settings)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(path.with_suffix(".lock")):
         command = " ".join(["python3", *sys.argv])
-        write_results_json(path, collect_grid(settings, places, command))
+        write_results_json(path, collect_grid(settings, places, command, settings, out_of_date))
 
 
 def main(settings: Settings) -> None:
     check_recipe()
-    if settings.num_jobs < 1:
-        raise RecipeError(f"--num_jobs {settings.num_jobs}: give at least 1")
+    if settings.num_jobs < 1 or settings.num_gpus < 1:
+        raise RecipeError(
+            f"--num_jobs {settings.num_jobs}, --num_gpus {settings.num_gpus}: give at least 1"
+        )
+    if settings.num_gpus > 1 and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise RecipeError(
+            f"--num_gpus {settings.num_gpus}: processes of one host would take the same GPUs; "
+            "start one a host"
+        )
     places = places_of(settings)
+    write_confs(settings, places)
     _, num_processes = place_in_job()
-    left = estimate(settings, places, settings.num_jobs * num_processes)
+    to_do = steps_to_do(settings, places, settings)
+    left = estimate(settings, places, settings.num_jobs * num_processes, to_do)
     total = len(students_of(settings))
     logging.info(f"{settings.name}: {left.in_words(total, settings.rates.measured)}")
+    if left.out_of_date:
+        names = ", ".join(student.name for student in left.out_of_date)
+        logging.info(f"{settings.name}: confs have changed since {names}")
     if settings.plan:
         return
-    write_confs(settings, places)
-    calls = Calls(settings, places, settings.device, places.exp / "grids" / settings.name / "logs")
+    out_of_date = {student.name: state_of(places, student) for student in left.out_of_date}
+    calls = Calls(settings, places, settings, places.exp / "grids" / settings.name / "logs")
     failed = run_grid(
-        settings, places, calls, settings.num_jobs, lambda: write_results(settings, places)
+        settings,
+        places,
+        calls,
+        settings.num_jobs,
+        lambda: write_results(settings, places, out_of_date),
     )
-    write_results(settings, places)
+    write_results(settings, places, out_of_date)
     logging.info(f"{settings.name}: results in {places.results(settings)}")
     if failed:
         raise RecipeError(

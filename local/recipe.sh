@@ -6,15 +6,24 @@ if [[ ! -f egs/$corpus/recipe.sh ]]; then
     echo "$0: --corpus $corpus: not known; give one of: $(cd egs && echo *)" >&2
     exit 1
 fi
-# Names of parts; ${name}: the folder under data/ and exp/; ${teacher}: of conf/teacher, or
-# ${teacher_init}: the folder of one that is trained on; ${noise}: musan where that is mixed in;
-# ${options}: which of those it has that not every corpus has.
-options="" teacher_init="" noise=""
+# Names of parts, ${more_parts} of such as are fetched only where they are asked for; ${name}: the
+# folder under data/ and exp/; ${teacher}: of conf/teacher, or ${teacher_init}: the folder of one
+# that is trained on; ${noise}: musan where that is mixed in; ${options}: which of those it has that
+# not every corpus has.
+options="" teacher_init="" noise="" more_parts=""
 given=(size "$size" split "$split" dl_dir "$dl_dir")
 . "egs/$corpus/recipe.sh"
 for ((i = 0; i < ${#given[@]}; i += 2)); do
     if [[ -n ${given[i + 1]} && " $options " != *" ${given[i]} "* ]]; then
         echo "$0: --${given[i]//_/-} ${given[i + 1]}: is nothing to corpus $corpus; leave it out" >&2
+        exit 1
+    fi
+done
+for part in ${untranscribed_parts:-}; do
+    # shellcheck disable=SC2153
+    if [[ " $pool_parts $more_parts " != *" $part "* ]]; then
+        echo "$0: --untranscribed-parts $part: is none of corpus $corpus; it has:" \
+            "$pool_parts $more_parts" >&2
         exit 1
     fi
 done

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mvqkd import cli
@@ -15,6 +15,7 @@ from mvqkd.report.collect import (
     read_diagnostics,
     read_log,
 )
+from mvqkd.report.confs import conf_digests
 from mvqkd.report.page import PageSettings, Report, write_page
 from mvqkd.report.plots import plot_training_curves, plot_wer_bars
 from mvqkd.report.table import (
@@ -52,7 +53,11 @@ def main(settings: Settings) -> None:
     rows, other = collect_results(
         exp_dir, settings.data_dir, labels, students, settings.command, published
     )
-    rows = with_paper(rows, settings.paper)
+    confs = conf_digests(settings.command)
+    rows = [
+        replace(row, origin=replace(row.origin, confs=confs.get(student, "")))
+        for row, student in zip(with_paper(rows, settings.paper), students)
+    ]
     out = exp_dir / "report"
     with written_aside(out) as aside:
         aside.mkdir()

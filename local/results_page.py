@@ -3,20 +3,24 @@
     python3 local/results_page.py --corpus mini --take '[exp/mini-small/results.json]'
 
 ``take`` copies results of run.sh and of local/experiment.py to egs/<corpus>/results/. The page is
-made from what is there, from the grids of egs/<corpus>/conf/grids/, and from notes.md.
+made from what is there, from the grids of egs/<corpus>/conf/grids/, from notes.md, and from what
+conf/report.yaml and its like say that others have published.
 """
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import yaml
 
 from mvqkd import cli
 from mvqkd.errors import RecipeError
 from mvqkd.experiments.grid import GridSettings
 from mvqkd.files import written_aside
 from mvqkd.report.results_page import results_page
-from mvqkd.report.table import read_document, write_results_json
+from mvqkd.report.table import PaperResult, read_document, write_results_json
 
 
 @dataclass
@@ -26,6 +30,32 @@ class Settings:
     corpus: str
     # results.json files; each takes the place of an older one of the same run or grid.
     take: list[Path] = field(default_factory=list)
+
+
+# What run.sh would read: the list of students, and options --config FILE.
+_RECIPE = (
+    "set -e; corpus=$1 size= split= dl_dir= overlay= labels= debug=false caller=$PWD; "
+    ". local/recipe.sh; . local/steps.sh; recipe_file students.txt; conf report"
+)
+
+
+def recipe_of(corpus: str) -> tuple[dict[str, str], list[PaperResult]]:
+    """The students of a corpus's recipe with their conf files, and what is published of them."""
+    found = subprocess.run(
+        ["bash", "-c", _RECIPE, "results_page.py", corpus],
+        capture_output=True,
+        text=True,
+    )
+    if found.returncode != 0:
+        raise RecipeError(found.stderr.strip())
+    students_file, confs = found.stdout.split("\n", 1)
+    lines = [line.partition(" ") for line in Path(students_file).read_text().splitlines()]
+    students = {name: files for name, _, files in lines if name and not name.startswith("#")}
+    published = []
+    for path in confs.split()[1::2]:
+        settings = yaml.safe_load(Path(path).read_text()) or {}
+        published = settings.get("paper", published)
+    return students, [PaperResult(**one) for one in published]
 
 
 def main(settings: Settings) -> None:
@@ -51,6 +81,7 @@ def main(settings: Settings) -> None:
         grids,
         notes.read_text() if notes.exists() else "",
         f"python3 local/results_page.py --corpus {settings.corpus}",
+        *recipe_of(settings.corpus),
     )
     with written_aside(folder / "RESULTS.md") as aside:
         aside.write_text(page)

@@ -43,6 +43,16 @@ conf() {
     done
 }
 
+# recipe_file NAME: the most particular file of that name, of the scale, the corpus and its size.
+recipe_file() {
+    local file found=''
+    for file in "conf/$1" "conf/${scale:-none}/$1" "egs/$corpus/conf/$1" \
+        "egs/$corpus/conf/${size:-none}/$1"; do
+        [[ ! -f $file ]] || found=$file
+    done
+    echo "$found"
+}
+
 # check_confs WHOSE NAME...: that each name has a file, before anything is run.
 check_confs() {
     local whose=$1 file
@@ -94,6 +104,12 @@ _step_hash() {
         done
     } | sha256sum | cut -d' ' -f1
     [[ ${PIPESTATUS[0]} -eq 0 ]]
+}
+
+# takes_gpu: whether the steps that take a device ($device) take a GPU.
+takes_gpu() {
+    [[ ${device:-cpu} == cuda ]] ||
+        [[ ${device:-cpu} == auto && (-e /dev/nvidiactl || -e /dev/dxg || -e /dev/kfd) ]]
 }
 
 # attended COMMAND...: run it, and end it when this shell ends. In the background, because bash
@@ -154,8 +170,10 @@ begin_plan() {
 
 show_plan() {
     $own_plan || return 0
+    local gpu=false
+    ! takes_gpu || gpu=true
     # shellcheck disable=SC2046
-    python3 local/dry_run.py $(conf costs) --plan "$mvqkd_plan"
+    python3 local/dry_run.py $(conf costs) --plan "$mvqkd_plan" --num_jobs "${at_once:-1}" --gpu "$gpu"
     rm "$mvqkd_plan"
 }
 

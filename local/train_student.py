@@ -13,11 +13,12 @@ import torch
 from lhotse import CutSet
 
 from mvqkd import cli
-from mvqkd.data.datamodule import DataSettings, StudentData
+from mvqkd.data.datamodule import DataSettings, StudentData, transcript
 from mvqkd.data.features import extractor_of
 from mvqkd.data.manifests import of_duration, read_cuts, split_by_share
 from mvqkd.data.tokens import load_tokens
 from mvqkd.device import describe_device, pick_device
+from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
 from mvqkd.losses.distillation import DistillationSettings
 from mvqkd.processes import is_main, num_processes
@@ -84,6 +85,20 @@ def write_settings(settings: Settings, device: str, seconds: list[float], extrac
         aside.write_text(json.dumps(document, indent=1, default=str) + "\n")
 
 
+def check_untranscribed(cuts: CutSet) -> None:
+    """
+    Raises:
+      RecipeError: all of ``cuts`` have transcripts, or none.
+    """
+    with_text = {transcript(cut) is not None for cut in cuts}
+    if len(with_text) == 1:
+        every = "every" if True in with_text else "no"
+        raise RecipeError(
+            f"data.max_untranscribed: {every} training utterance has a transcript; set it to 0, or "
+            "give speech of the other kind: untranscribed_manifests, distil_rest"
+        )
+
+
 def main(settings: Settings) -> None:
     log_beside(settings.exp_dir)
     device = pick_device(settings.device)
@@ -104,6 +119,8 @@ def main(settings: Settings) -> None:
         train_cuts = CutSet.from_cuts([*train_cuts, *unread])
     settings.model.vocab_size = len(tokens)
     settings.model.encoder.middle_output_layers = settings.distillation.layers()
+    if settings.data.max_untranscribed > 0 and settings.distillation.kind != "none":
+        check_untranscribed(train_cuts)
     torch.manual_seed(settings.training.seed)
     model = build_transducer(settings.model)
     distillation = build_distillation(settings.distillation, model.encoder, train_cuts, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import glob
 import json
 import os
@@ -60,6 +61,18 @@ def written_aside(path: Path | str, first_stays: bool = False) -> Iterator[Path]
         ) from error
     finally:
         _remove(aside)
+
+
+@contextlib.contextmanager
+def locked(path: Path | str) -> Iterator[None]:
+    """Wait for the lock ``path`` and hold it meanwhile; where the file system has no locks, do
+    without."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _link(aside: Path, path: Path) -> None:

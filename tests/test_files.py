@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import os
 import platform
 import subprocess
@@ -7,7 +8,7 @@ import sys
 import pytest
 
 from mvqkd.errors import RecipeError
-from mvqkd.files import read_json, read_json_lines, require, written_aside
+from mvqkd.files import locked, read_json, read_json_lines, require, written_aside
 
 
 def test_takes_its_place_on_success_only(tmp_path):
@@ -129,3 +130,20 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OSError, match="Input/output"), written_aside(path):
         raise OSError(errno.EIO, "Input/output error")
+
+
+def test_lock_is_held_and_given_back(tmp_path):
+    path = tmp_path / "deep/lock"
+    with locked(path), path.open() as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_without_locks_of_the_file_system(tmp_path, monkeypatch):
+    def flock(*args):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with locked(tmp_path / "lock"):
+        pass

@@ -17,12 +17,14 @@ from tests.recipe_copy import ROOT, begun_steps, copy_checkout, files_under, run
 
 PARTS = {
     "train-clean-100": PartSettings("train", ["f1", "m1"], 2, 0.4),
+    "train-clean-360": PartSettings("train", ["m6"], 1, 0.08),
     "dev-clean": PartSettings("dev", ["f4"], 1, 0.08),
     "dev-other": PartSettings("dev", ["klatt5"], 1, 0.08, adverse=True),
     "test-clean": PartSettings("test", ["f2"], 1, 0.08),
     "test-other": PartSettings("test", ["klatt3"], 1, 0.08, adverse=True),
 }
 STUDENTS = ["none", "streaming-mvq"]
+UNTRANSCRIBED = "data/librispeech-100/untranscribed"
 # What makes it small. All else is as published: speeds, 8 bytes a frame, layer 36 into layer 6.
 OVERLAY = {
     "tokens": {"tokens": {"vocab_size": 40}},
@@ -130,3 +132,23 @@ def test_all_stages_on_a_small_tree(call, monkeypatch):
     again = run_sh(folder / "recipe", *options, cwd=folder)
     assert again.returncode == 0 and begun_steps(again) == [], again.stderr
     assert files_under(data, exp) == before
+
+
+def test_a_part_is_fetched_and_learned_from_without_its_transcripts(call, monkeypatch):
+    folder, options = call
+    options = [*options, "--untranscribed-parts", "train-clean-360", "--students", "streaming-mvq"]
+    options += ["--stop-stage", "6"]
+    done = run_sh(folder / "recipe", *options, cwd=folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    monkeypatch.chdir(folder / "recipe")  # manifests name files from there
+    more = CutSet.from_file(f"{UNTRANSCRIBED}/labels/mvq/train-clean-360/cuts.jsonl.gz").to_eager()
+    # At their own speed alone.
+    assert len(more) == len(utterances(folder / "copy/LibriSpeech/train-clean-360")) > 0
+    assert all(cut.load_codebook_indexes().shape[1] == 8 for cut in more)
+    exp = folder / "recipe/exp/librispeech-100/streaming-mvq-and-untranscribed"
+    settings = json.loads((exp / "settings.json").read_text())
+    assert settings["untranscribed_manifests"] == [
+        f"{UNTRANSCRIBED}/labels/mvq/train-clean-360/cuts.jsonl.gz"
+    ]
+    again = run_sh(folder / "recipe", *options, cwd=folder)
+    assert again.returncode == 0 and begun_steps(again) == [], again.stderr

@@ -72,6 +72,8 @@ def test_leaves_what_each_stage_promises(finished, monkeypatch):
     made = [*results["students"], results["teacher"], results["quantizer"]]
     assert all(one["origin"]["device"].startswith("cpu, ") for one in made)
     assert [one["origin"]["seed"] for one in made] == [42] * len(STUDENTS) + [None, 0]
+    assert all(one["origin"]["date"] for one in made)
+    assert len({one["origin"]["confs"] for one in results["students"]} - {""}) == len(STUDENTS)
     for student in STUDENTS:
         for kind in ("recogs", "errs", "wer-summary"):
             for part in TEST_PARTS:

@@ -26,6 +26,8 @@ from mvqkd.errors import RecipeError
 
 # Of the noise, that a batch draws from: lhotse shuffles what it is given only so far ahead.
 NOISE_CUTS = 100
+# More than there are epochs: orders of the speech without transcripts, by epoch and pass.
+UNREAD_ORDERS = 100_000
 # What padding frames hold: the log of silence, as lhotse pads.
 LOG_EPSILON = -23.025850929940457
 
@@ -63,6 +65,10 @@ class DataSettings:
 
     # Seconds of speech in a batch.
     max_duration: float = 300
+    # Seconds of speech without transcript that each training batch has on top of so much of
+    # transcribed speech. An epoch is then one pass over the transcripts, in the batches that they
+    # have without the others. 0: all of it is one set, in one order.
+    max_untranscribed: float = 0.0
     # Training utterances that are shorter or longer are left out (None: none is too long).
     min_seconds: float = 0.0
     max_seconds: float | None = None
@@ -124,6 +130,10 @@ def transcript(cut) -> str | None:
     return " ".join(texts) if texts else None
 
 
+def _longest(cuts: CutSet) -> float:
+    return max(cut.duration for cut in cuts)
+
+
 class StudentData:
     """The batches of one manifest.
 
@@ -132,7 +142,8 @@ class StudentData:
       with_audio: whether they hold the waveforms too.
       noise: what is mixed into the features; waveforms and labels stay clean.
 
-    With neither fields nor audio, every cut must have a transcript.
+    With neither fields nor audio, every cut must have a transcript. ``max_untranscribed`` takes
+    effect where ``cuts`` are of both kinds.
     """
 
     def __init__(
@@ -146,11 +157,21 @@ class StudentData:
         noise: CutSet | None = None,
     ) -> None:
         self._cuts, self._tokens, self._settings = cuts, tokens, settings
+        # Apart from the others where batches have a part of their own for them.
+        self._unread: CutSet | None = None
+        if settings.max_untranscribed > 0:
+            unread = [cut for cut in cuts if transcript(cut) is None]
+            if 0 < len(unread) < len(cuts):
+                self._unread = CutSet.from_cuts(unread)
+                self._cuts = cuts.filter(lambda cut: transcript(cut) is not None).to_eager()
         self._seed, self._fields, self._with_audio = seed, fields, with_audio
         self._noise = None if noise is None else list(noise)
         self._cache: dict[str, tuple] = {}
         self._audio_cache: dict[str, np.ndarray] | None = {} if settings.cache else None
-        self.seconds = sum(cut.duration for cut in cuts)
+        # Of an epoch, about.
+        self.seconds = sum(cut.duration for cut in self._cuts)
+        if self._unread is not None:
+            self.seconds *= 1 + settings.max_untranscribed / settings.max_duration
 
     def batches(
         self, epoch: int, start: int = 0, rank: int = 0, num_processes: int = 1
@@ -183,16 +204,38 @@ class StudentData:
         return [self._collate(cuts) for cuts in largest_batches(self._cut_batches(epoch=1))]
 
     def _cut_batches(self, epoch: int, rank: int = 0, num_processes: int = 1) -> Iterator[CutSet]:
+        batches = self._bucketed(
+            self._cuts, self._settings.max_duration, epoch, rank, num_processes
+        )
+        if self._unread is None:
+            return batches
+        return self._with_unread(batches, epoch, rank, num_processes)
+
+    def _bucketed(
+        self, cuts: CutSet, max_duration: float, epoch: int, rank: int, num_processes: int
+    ) -> Iterator[CutSet]:
         settings = self._settings
         return bucketed_batches(
-            self._cuts,
-            settings.max_duration,
-            self._seed,
-            epoch,
-            settings.num_buckets,
-            rank,
-            num_processes,
+            cuts, max_duration, self._seed, epoch, settings.num_buckets, rank, num_processes
         )
+
+    def _with_unread(
+        self, batches: Iterator[CutSet], epoch: int, rank: int, num_processes: int
+    ) -> Iterator[CutSet]:
+        """Each of ``batches`` and, after it, one of the cuts without transcript: of those that are
+        left in a pass over them the one whose longest cut is most like, which saves padding."""
+        left: list[tuple[float, CutSet]] = []
+        number_of_pass = itertools.count()
+        for cuts in batches:
+            if not left:
+                # Passes of an epoch have orders of their own, and so have those of other epochs.
+                order = epoch + UNREAD_ORDERS * next(number_of_pass)
+                max_duration = self._settings.max_untranscribed
+                unread = self._bucketed(self._unread, max_duration, order, rank, num_processes)
+                left = [(_longest(one), one) for one in unread]
+            longest = _longest(cuts)
+            nearest = min(range(len(left)), key=lambda n: abs(left[n][0] - longest))
+            yield CutSet.from_cuts([*cuts, *left.pop(nearest)[1]])
 
     def _mixed(self, cuts: CutSet, seed: str) -> CutSet | None:
         """``cuts`` with noise, which follows from ``seed``; None without noise."""

@@ -1,7 +1,7 @@
 """Word error rates: icefall's result files, confidence intervals, and paired comparisons.
 
 ``results`` is everywhere a list of ``(cut_id, ref_words, hyp_words)``, one entry an utterance.
-Error rates are in percent. Letters: R bootstrap replications, U utterances.
+Error rates are in percent. Letters: R bootstrap replications, U utterances, M models.
 """
 
 from __future__ import annotations
@@ -236,17 +236,22 @@ def word_error_rate(results: Sequence[Result]) -> float:
     return 100.0 * errors_U.sum() / words_U.sum()
 
 
-def _bootstrap(count_U: np.ndarray, words_U: np.ndarray, seed: int, replications: int):
-    """100 * sum(count) / sum(words) of test sets drawn from this one with replacement: (R,)."""
-    U = len(words_U)
-    rng = np.random.default_rng(seed)
+def _bootstrap(count_MU: np.ndarray, words_U: np.ndarray, seed: int, replications: int):
+    """100 * sum(count) / sum(words), the mean of M models, of test sets drawn from this one with
+    replacement, and of as many models drawn from these: (R,)."""
+    M, U = count_MU.shape
+    # Models have their own draws, so that those of the test set do not depend on their number.
+    rng, model_rng = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     block = max(1, _BLOCK_ELEMENTS // U)
     rates = []
     for start in range(0, replications, block):
-        drawn = rng.integers(0, U, size=(min(block, replications - start), U))
+        drawn_RU = rng.integers(0, U, size=(min(block, replications - start), U))
         # A draw of nothing but empty references says nothing of the rate: 0 there.
-        words = np.maximum(words_U[drawn].sum(1), 1)
-        rates.append(100.0 * count_U[drawn].sum(1) / words)
+        words_R = np.maximum(words_U[drawn_RU].sum(1), 1)
+        count_RM = np.stack([count_U[drawn_RU].sum(1) for count_U in count_MU], axis=1)
+        models_RM = model_rng.integers(0, M, size=count_RM.shape)
+        count_R = np.take_along_axis(count_RM, models_RM, axis=1).sum(1)
+        rates.append(100.0 * count_R / (M * words_R))
     return np.concatenate(rates)
 
 
@@ -262,23 +267,25 @@ def wer_interval(
       RecipeError: the references hold no word at all.
     """
     errors_U, words_U = _errors_and_words(results)
-    low, high = np.percentile(_bootstrap(errors_U, words_U, seed, replications), [2.5, 97.5])
+    low, high = np.percentile(_bootstrap(errors_U[None], words_U, seed, replications), [2.5, 97.5])
     return 100.0 * float(errors_U.sum() / words_U.sum()), float(low), float(high)
 
 
 def interval_over_seeds(
     results_of_seeds: Sequence[Sequence[Result]], seed: int = 0, replications: int = 10_000
 ) -> tuple[float, float, float]:
-    """Mean word error rate of several models of one kind with its 95% bootstrap interval.
+    """Mean word error rate of several models of one kind, say of different seeds, on one test set,
+    with its 95% bootstrap interval.
 
-    Utterances are drawn, each with its errors by all of the models: the interval is that of the
-    test set, given these models. See `wer_interval`.
+    Utterances are drawn, each with its errors by all of the models, and as many models as there
+    are: the interval is that of another test set and other seeds. Of few models it is too narrow:
+    drawn again, n of them vary (n - 1) / n as much as they do. See `wer_interval`.
     """
     counted = [_errors_and_words(results) for results in results_of_seeds]
-    errors_U = np.sum([errors for errors, _ in counted], axis=0)
-    words_U = np.sum([words for _, words in counted], axis=0)
-    low, high = np.percentile(_bootstrap(errors_U, words_U, seed, replications), [2.5, 97.5])
-    return 100.0 * float(errors_U.sum() / words_U.sum()), float(low), float(high)
+    errors_MU, words_U = np.stack([errors for errors, _ in counted]), counted[0][1]
+    low, high = np.percentile(_bootstrap(errors_MU, words_U, seed, replications), [2.5, 97.5])
+    rate = errors_MU.sum() / (len(errors_MU) * words_U.sum())
+    return 100.0 * float(rate), float(low), float(high)
 
 
 def _check_paired(results_a: Sequence[Result], results_b: Sequence[Result]) -> None:
@@ -327,24 +334,24 @@ def difference_over_seeds(
     seed: int = 0,
     replications: int = 10_000,
 ) -> dict[str, float]:
-    """`paired_difference` of several pairs of models, say of different seeds: their mean.
+    """`paired_difference` of several pairs of models, say of different seeds, on one test set:
+    their mean.
 
-    Utterances are drawn, each with its errors by all models: the interval and p are those of the
-    test set, given these models.
+    Utterances are drawn, each with its errors by all models, and as many pairs as there are: the
+    interval and p are those of another test set and other seeds; see `interval_over_seeds`.
     """
-    changes, counted = [], []
+    changes = []
     for results_a, results_b in pairs:
         _check_paired(results_a, results_b)
         errors_a_U, words_U = _errors_and_words(results_a)
         errors_b_U, _ = _errors_and_words(results_b)
         changes.append(errors_b_U - errors_a_U)
-        counted.append(words_U)
-    change_U, words_U = np.sum(changes, axis=0), np.sum(counted, axis=0)
-    deltas_R = _bootstrap(change_U, words_U, seed, replications)
+    change_MU = np.stack(changes)
+    deltas_R = _bootstrap(change_MU, words_U, seed, replications)
     low, high = np.percentile(deltas_R, [2.5, 97.5])
     tail = min(int((deltas_R <= 0).sum()), int((deltas_R >= 0).sum()))
     return {
-        "delta": 100.0 * float(change_U.sum() / words_U.sum()),
+        "delta": 100.0 * float(change_MU.sum() / (len(change_MU) * words_U.sum())),
         "lo": float(low),
         "hi": float(high),
         "p": min(1.0, 2.0 * (tail + 1) / (replications + 1)),

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from mvqkd.errors import RecipeError
-from mvqkd.files import written_aside
+from mvqkd.files import locked, written_aside
 
 # run.sh takes a name of a student as one word and as a folder.
 _ALLOWED = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_+.")
@@ -41,11 +41,26 @@ class Cell:
     labels: str = "mvq"
     # Values on top of these files, as a conf file has them.
     values: dict[str, Any] = field(default_factory=dict)
+    # Parts of the corpus that it learns from as well, without their transcripts.
+    untranscribed_parts: str = ""
     # How tables call it. It is compared with the undistilled student of the same name.
     student: str = "conformer"
+    # Another cell, or several, that it is compared with beside that.
+    against: str | list[str] = field(default_factory=list)
     # Whose training takes as long: a key of the rates, and what measured times are shared by.
     # Empty: the cell itself.
     like: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.against, str):
+            self.against = [self.against]
+
+    def meaning(self) -> dict[str, Any]:
+        """What makes its students what they are."""
+        meaning = {"confs": self.confs, "labels": self.labels, "values": self.values}
+        if self.untranscribed_parts:
+            meaning["untranscribed_parts"] = self.untranscribed_parts
+        return meaning
 
 
 @dataclass
@@ -74,7 +89,22 @@ class GridSettings:
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     size: str = ""
     split: str = ""
+    # A file of conf/decoding/, by which all of them are decoded.
+    decoding: str = ""
     rates: Rates = field(default_factory=Rates)
+
+
+@dataclass
+class RunOptions:
+    """Options of run.sh for all students of a grid; empty: the recipe's own."""
+
+    device: str = "auto"
+    dl_dir: str = ""
+    noise_dir: str = ""
+    teacher: str = ""
+    teacher_dir: str = ""
+    # That train one student together.
+    num_gpus: int = 1
 
 
 @dataclass(frozen=True)
@@ -98,13 +128,20 @@ def students_of(grid: GridSettings) -> list[Student]:
     """All of them, the first seed of every cell first, so that a table fills evenly.
 
     Raises:
-      RecipeError: nothing to run, or a name that cannot be a folder's.
+      RecipeError: nothing to run, a name that cannot be a folder's, or a cell that is compared with
+        one that the grid has not.
     """
     if not grid.cells or not grid.seeds:
         raise RecipeError(f"grid {grid.name}: has no cell or no seed; give at least one of each")
     for name in (grid.name, *grid.cells):
         if not name or set(name) - _ALLOWED:
             raise RecipeError(f"grid {grid.name}: name '{name}': use letters, digits and -_+.")
+    for name, cell in grid.cells.items():
+        for other in cell.against:
+            if other == name or other not in grid.cells:
+                raise RecipeError(
+                    f"grid {grid.name}: cell {name} is against '{other}'; name another cell of it"
+                )
     return [Student(name, cell, seed) for seed in grid.seeds for name, cell in grid.cells.items()]
 
 
@@ -164,15 +201,21 @@ def write_confs(grid: GridSettings, places: Places) -> None:
     Raises:
       RecipeError: another grid has a cell of this name that means something else.
     """
+    # Others may write theirs at the same time.
+    with locked(places.exp / "grids" / "cells.lock"):
+        _write_confs(grid, places)
+
+
+def _write_confs(grid: GridSettings, places: Places) -> None:
     cells_file = places.exp / "grids" / "cells.yaml"
     known = yaml.safe_load(cells_file.read_text()) if cells_file.exists() else {}
     lines = []
     for student in students_of(grid):
         cell = student.cell
-        meaning = {"confs": cell.confs, "labels": cell.labels, "values": cell.values}
+        meaning = cell.meaning()
         other = known.setdefault(student.cell_name, {"grid": grid.name, **meaning})
         if other["grid"] == grid.name:
-            other.update(meaning)
+            known[student.cell_name] = {"grid": grid.name, **meaning}
         elif {**other, "grid": ""} != {**meaning, "grid": ""}:
             raise RecipeError(
                 f"grid {grid.name}: cell {student.cell_name} means something else in grid "
@@ -192,18 +235,27 @@ def write_confs(grid: GridSettings, places: Places) -> None:
 
 
 def run_command(
-    grid: GridSettings, places: Places, students: Sequence[Student], device: str
+    grid: GridSettings, places: Places, students: Sequence[Student], options: RunOptions
 ) -> list[str]:
-    """The call of run.sh that trains and decodes ``students``, who share a set of labels."""
-    options = {
+    """The call of run.sh that trains and decodes ``students``, who learn from the same speech and
+    labels."""
+    cell = students[0].cell
+    words = {
         "--corpus": grid.corpus,
         "--size": grid.size,
         "--split": grid.split,
-        "--device": device,
-        "--labels": students[0].cell.labels,
+        "--decoding": grid.decoding,
+        "--device": options.device,
+        "--dl-dir": options.dl_dir,
+        "--noise-dir": options.noise_dir,
+        "--teacher": options.teacher,
+        "--teacher-dir": options.teacher_dir,
+        "--num-gpus": str(options.num_gpus) if options.num_gpus > 1 else "",
+        "--labels": cell.labels,
+        "--untranscribed-parts": cell.untranscribed_parts,
         "--students-file": str(places.students_file(grid)),
         "--overlay": str(places.overlay),
         "--students": " ".join(student.name for student in students),
     }
-    words = [word for option, value in options.items() if value for word in (option, value)]
-    return ["./run.sh", *words, "--num-jobs", "1", "--stop-stage", "7"]
+    given = [word for option, value in words.items() if value for word in (option, value)]
+    return ["./run.sh", *given, "--num-jobs", "1", "--stop-stage", "7"]

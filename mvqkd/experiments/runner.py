@@ -7,7 +7,7 @@ import os
 import subprocess
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +15,69 @@ from statistics import mean
 
 from mvqkd.data.shards import place_in_job, taken
 from mvqkd.errors import RecipeError
-from mvqkd.experiments.grid import GridSettings, Places, Student, run_command, students_of
+from mvqkd.experiments.grid import (
+    GridSettings,
+    Places,
+    RunOptions,
+    Student,
+    run_command,
+    students_of,
+)
+from mvqkd.experiments.plan import plan_of
 from mvqkd.files import read_json_lines
+from mvqkd.report.table import NOT_MEASURED
 
 LABEL_STEPS = ("embeddings", "quantizer", "labels")
 FIRST_STEPS = ("corpus", "manifests", "features", "tokens", "teacher", "verify-teacher")
+# A process's place in a job, as launchers tell it. LOCAL_RANK stays: it says which GPU to take.
+_PLACE = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MVQKD_LAUNCH")
+_PLACE += ("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE")
+_PLACE_PREFIXES = ("PET_", "MASTER_", "TORCHELASTIC_", "SLURM_ARRAY_TASK_")
 
 
-def is_done(places: Places, student: Student) -> bool:
-    """Whether it has been trained and decoded; run.sh alone knows whether confs have changed."""
-    stamps = places.exp / "stamps"
-    steps = (f"student-{student.name}", f"decode-{student.name}")
+def environment_alone(env: Mapping[str, str]) -> dict[str, str]:
+    """``env`` for what is started on its own by a process that is one of many: it is no part of
+    their job, and its messages go to its own log."""
+    return {
+        key: value
+        for key, value in env.items()
+        if key not in _PLACE and not key.startswith(_PLACE_PREFIXES)
+    }
+
+
+def threads_each(num_jobs: int) -> int:
+    """CPU threads of each of ``num_jobs`` students at once, in each process of this host."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, len(os.sched_getaffinity(0)) // (here * num_jobs))
+
+
+def state_of(places: Places, student: Student) -> str | None:
+    """What one that has been trained and decoded was made from; None where it has not. Whether
+    that is what its confs say now `steps_to_do` knows."""
+    stamps = [places.exp / "stamps" / f"{step}-{student.name}" for step in ("student", "decode")]
     # Of one that is trained anew the stamp of the old decoding is still there.
     decoded = places.exp / student.name / "decoded.json"
-    return decoded.exists() and all((stamps / step).exists() for step in steps)
+    if not decoded.exists() or not all(stamp.exists() for stamp in stamps):
+        return None
+    return "".join(stamp.read_text() for stamp in stamps)
+
+
+def steps_to_do(grid: GridSettings, places: Places, options: RunOptions) -> set[str]:
+    """The steps of run.sh that are missing or out of date, of all that the grid needs.
+
+    Raises:
+      RecipeError: run.sh refuses one of its calls.
+    """
+    alike: dict[tuple[str, str], list[Student]] = defaultdict(list)
+    for student in students_of(grid):
+        alike[student.cell.labels, student.cell.untranscribed_parts].append(student)
+    env = environment_alone(os.environ)
+    return {
+        step.name
+        for students in alike.values()
+        for step in plan_of(run_command(grid, places, students, options), env)
+        if not step.done
+    }
 
 
 def _step_seconds(places: Places, step: str) -> float | None:
@@ -40,7 +89,7 @@ def measured_seconds(places: Places, student: Student) -> float | None:
     """Training and decoding of one that is done; None where it is not known."""
     training = _step_seconds(places, f"student-{student.name}")
     decoding = _step_seconds(places, f"decode-{student.name}")
-    if training is None or decoding is None or not is_done(places, student):
+    if training is None or decoding is None or state_of(places, student) is None:
         return None
     # Of one that was killed the step's time is that of its last call; its log knows all of it.
     log = places.exp / student.name / "log.jsonl"
@@ -56,36 +105,51 @@ class Estimate:
     """How long what is left will take."""
 
     left: list[Student]
-    seconds: float
+    # None: neither a student is done nor are there rates.
+    seconds: float | None
     # Of the students that are left, those whose kind has been measured here.
     num_measured: int
+    # Of the students that are left, those that were done, with other confs.
+    out_of_date: list[Student]
 
     def in_words(self, total: int, rates_from: str) -> str:
-        hours, minutes = divmod(round(self.seconds / 60), 60)
         text = f"{total - len(self.left)} of {total} students are done"
         if not self.left:
             return text
+        others = f"the other {len(self.left)}"
+        if self.out_of_date:
+            others += f" (confs have changed since {len(self.out_of_date)} of them)"
+        if self.seconds is None:
+            return f"{text}; the time of {others}: {NOT_MEASURED}"
+        hours, minutes = divmod(round(self.seconds / 60), 60)
         basis = f"{self.num_measured} of them by times measured here"
         if self.num_measured < len(self.left):
             basis += f", the others by rates of {rates_from}"
-        return f"{text}; the other {len(self.left)} will take {hours} h {minutes:02d} min ({basis})"
+        return f"{text}; {others} will take {hours} h {minutes:02d} min ({basis})"
 
 
-def estimate(grid: GridSettings, places: Places, num_at_once: int) -> Estimate:
+def estimate(grid: GridSettings, places: Places, num_at_once: int, to_do: set[str]) -> Estimate:
     """
     Args:
       num_at_once: students that are trained side by side, of all processes.
+      to_do: as `steps_to_do` gives it.
 
     Raises:
-      RecipeError: neither a like student is done nor have the rates its kind.
+      RecipeError: the grid has rates, but none of a kind of which no student is done.
     """
-    students = students_of(grid)
+    left, done = [], []
+    for student in students_of(grid):
+        is_left = {f"student-{student.name}", f"decode-{student.name}"} & to_do
+        (left if is_left else done).append(student)
+    out_of_date = [student for student in left if state_of(places, student) is not None]
     seconds_like: dict[str, list[float]] = defaultdict(list)
-    for student in students:
+    for student in done:
         seconds = measured_seconds(places, student)
         if seconds is not None:
             seconds_like[student.like].append(seconds)
-    left = [student for student in students if not is_done(places, student)]
+    num_measured = sum(student.like in seconds_like for student in left)
+    if not grid.rates.students and num_measured < len(left):
+        return Estimate(left, None, num_measured, out_of_date)
     needed = []
     for student in left:
         if student.like in seconds_like:
@@ -98,16 +162,14 @@ def estimate(grid: GridSettings, places: Places, num_at_once: int) -> Estimate:
                 f"'{student.like}'; add its seconds, or say with `like` which it is like"
             )
     before = 0.0
-    if left and not all((places.exp / "stamps" / step).exists() for step in FIRST_STEPS):
+    if left and to_do & set(FIRST_STEPS):
         before = grid.rates.first
     for labels in dict.fromkeys(student.cell.labels for student in left):
-        if not (places.exp / "stamps" / f"labels-{labels}").exists():
+        if f"labels-{labels}" in to_do:
             before += _label_seconds(grid, places)
     # Students do not share their work, so that the longest is a bound.
     in_turns = (before + sum(needed)) / max(1, min(num_at_once, len(left)))
-    return Estimate(
-        left, max([in_turns, *needed]), sum(student.like in seconds_like for student in left)
-    )
+    return Estimate(left, max([in_turns, *needed]), num_measured, out_of_date)
 
 
 def _label_seconds(grid: GridSettings, places: Places) -> float:
@@ -128,21 +190,17 @@ class Calls:
       log_dir: what run.sh says goes to ``<student>.log`` there.
     """
 
-    def __init__(self, grid: GridSettings, places: Places, device: str, log_dir: Path) -> None:
-        self._grid, self._places, self._device, self._log_dir = grid, places, device, log_dir
+    def __init__(
+        self, grid: GridSettings, places: Places, options: RunOptions, log_dir: Path
+    ) -> None:
+        self._grid, self._places, self._options, self._log_dir = grid, places, options, log_dir
         self._running: set[subprocess.Popen] = set()
         self._lock, self._ended = threading.Lock(), False
 
     def __call__(self, student: Student, num_threads: int) -> int:
         self._log_dir.mkdir(parents=True, exist_ok=True)
-        command = run_command(self._grid, self._places, [student], self._device)
-        # The place in a job of many is this process's own: what it starts is on its own.
-        env = {
-            key: value
-            for key, value in os.environ.items()
-            if key not in ("RANK", "WORLD_SIZE") and not key.startswith("SLURM_ARRAY_TASK_")
-        }
-        env["OMP_NUM_THREADS"] = str(num_threads)
+        command = run_command(self._grid, self._places, [student], self._options)
+        env = {**environment_alone(os.environ), "OMP_NUM_THREADS": str(num_threads)}
         with (self._log_dir / f"{student.name}.log").open("a") as log:
             with self._lock:
                 if self._ended:
@@ -185,7 +243,7 @@ def run_grid(
     """
     rank, size = place_in_job()
     students = students_of(grid)
-    num_threads = max(1, (os.cpu_count() or 1) // num_jobs)
+    num_threads = threads_each(num_jobs)
     folder = places.exp / "grids" / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     failed: list[str] = []
@@ -197,13 +255,13 @@ def run_grid(
             if not mine:
                 logging.info(f"{student.name}: in the hands of another process")
                 return
-            done_before = is_done(places, student)
+            before = state_of(places, student)
             status = call(student, num_threads)
         with told:
             if status != 0:
                 failed.append(student.name)
                 logging.info(f"{student.name}: failed, status {status}")
-            elif not done_before:
+            elif state_of(places, student) != before:
                 logging.info(f"{student.name}: done")
                 when_done()
 

@@ -215,6 +215,7 @@ def _published_section(exp_dir: Path, data_dir: Path, labels: str, command: str)
             "conf_hash": _stamp(exp_dir, f"labels-{labels}")[:12],
             "device": None,  # nothing is computed
             "seed": None,
+            "date": _date(exp_dir / "stamps" / f"labels-{labels}"),
         },
     }
 
@@ -235,6 +236,7 @@ def _teacher_sections(exp_dir: Path, labels: str, command: str) -> dict[str, dic
                 "conf_hash": _stamp(exp_dir, "verify-teacher")[:12],
                 "device": teacher["device"],
                 "seed": None,  # nothing is drawn
+                "date": _date(exp_dir / "stamps" / "verify-teacher"),
             },
         },
         "quantizer": {
@@ -246,6 +248,7 @@ def _teacher_sections(exp_dir: Path, labels: str, command: str) -> dict[str, dic
                 "conf_hash": _stamp(exp_dir, f"quantizer-{labels}")[:12],
                 "device": diagnostics["device"],
                 "seed": diagnostics["seed"],
+                "date": _date(exp_dir / "stamps" / f"quantizer-{labels}"),
             },
         },
     }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,11 @@ from typing import Literal
 import yaml
 
 from mvqkd.errors import RecipeError
+from mvqkd.experiments.plan import read_plan
 from mvqkd.report.table import NOT_MEASURED, format_bytes, format_seconds
+
+# How the steps begin that are run side by side.
+_SIDE_BY_SIDE = "student-"
 
 
 @dataclass
@@ -37,6 +41,8 @@ class CostSettings:
 
     # The device and the run that the rates were measured in, in words.
     measured: str = "nowhere"
+    # What the times and memory of steps that take a device (--device) are of.
+    device: Literal["cpu", "cuda"] = "cpu"
     # Hours of speech: all, the training set at all speeds, the test sets.
     speech: dict[str, float] = field(default_factory=dict)
     # By the name of a step, or how it begins up to a dash: student, labels, student-streaming.
@@ -45,11 +51,19 @@ class CostSettings:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step in full."""
+    """Of one step in full; None where it was not measured."""
 
     seconds: float | None
     bytes: float | None
     memory: float | None
+    # That it keeps busy; 0 where it runs on the CPU.
+    gpus: int = 0
+
+    @property
+    def gpu_hours(self) -> float | None:
+        if self.gpus == 0:
+            return 0.0
+        return None if self.seconds is None else self.seconds / 3600 * self.gpus
 
 
 def epochs_of(command: Sequence[str]) -> int:
@@ -68,15 +82,25 @@ def epochs_of(command: Sequence[str]) -> int:
     return epochs
 
 
-def cost_of(name: str, command: Sequence[str], settings: CostSettings) -> Cost:
+def gpus_of(command: Sequence[str]) -> int:
+    """That a step keeps busy where there are some: 0 of one that takes no device."""
+    if "--device" not in command:
+        return 0
+    processes = [n for option, n in itertools.pairwise(command) if option == "--nproc-per-node"]
+    return int(processes[0]) if processes else 1
+
+
+def cost_of(name: str, command: Sequence[str], settings: CostSettings, device: str = "cpu") -> Cost:
     """
     Args:
       name: of the step, as its stamp has it.
       command: its words.
+      device: cpu or cuda, where it would run; what was measured on the other says nothing of it.
     """
+    gpus = gpus_of(command) if device == "cuda" else 0
     fits = [key for key in settings.steps if name == key or name.startswith(f"{key}-")]
     if not fits:
-        return Cost(None, None, None)
+        return Cost(None, None, None, gpus)
     rates = settings.steps[max(fits, key=len)]
     hours = 0.0 if rates.speech == "none" else settings.speech.get(rates.speech)
     epochs = epochs_of(command) if rates.epochs else 1
@@ -86,35 +110,50 @@ def cost_of(name: str, command: Sequence[str], settings: CostSettings) -> Cost:
             return None
         return (fixed or 0.0) + (per_hour or 0.0) * (hours or 0.0) * times
 
-    return Cost(
-        amount(rates.seconds, rates.seconds_per_hour, epochs),
-        amount(rates.bytes, rates.bytes_per_hour, 1),
-        rates.memory,
-    )
+    num_bytes = amount(rates.bytes, rates.bytes_per_hour, 1)
+    if "--device" in command and device != settings.device:
+        return Cost(None, num_bytes, None, gpus)
+    seconds = amount(rates.seconds, rates.seconds_per_hour, epochs)
+    return Cost(seconds, num_bytes, rates.memory, gpus)
 
 
-def plan_text(plan: str, settings: CostSettings) -> str:
+def plan_text(plan: str, settings: CostSettings, num_jobs: int = 1, device: str = "cpu") -> str:
     """Each command with its cost in a comment before it, and the sum.
 
     Args:
-      plan: lines of a step's name, ``todo`` or ``done``, and its command as a shell quotes it.
+      plan: as `mvqkd.experiments.plan.read_plan` takes it.
+      num_jobs: students that are trained side by side.
+      device: cpu or cuda, where the steps would run that take a device.
     """
     lines: list[str] = []
     costs: list[Cost] = []
-    for entry in plan.splitlines():
-        name, state, command = entry.split(" ", 2)
-        if state == "done":
-            lines.append(f"# {name}: done already")
+    students: list[Cost] = []
+    for step in read_plan(plan):
+        if step.done:
+            lines.append(f"# {step.name}: done already")
             continue
-        cost = cost_of(name, shlex.split(command), settings)
-        costs.append(cost)
-        lines += [f"# {name}: {_in_words(cost)}", command.strip()]
-    total = Cost(*(_sum([getattr(c, what) for c in costs]) for what in ("seconds", "bytes")), None)
-    memory = max((cost.memory for cost in costs if cost.memory is not None), default=None)
-    lines.append(
-        f"# {len(costs)} steps to do: {_in_words(Cost(total.seconds, total.bytes, memory))}"
+        cost = cost_of(step.name, step.words, settings, device)
+        (students if step.name.startswith(_SIDE_BY_SIDE) else costs).append(cost)
+        lines += [f"# {step.name}: {_in_words(cost, device)}", step.command]
+    one_by_one = _sum([cost.seconds for cost in costs])
+    side_by_side = _side_by_side([cost.seconds for cost in students], num_jobs)
+    memories = sorted(cost.memory for cost in students if cost.memory is not None)
+    memories = [sum(memories[-num_jobs:])] if memories else []
+    memories += [cost.memory for cost in costs if cost.memory is not None]
+    costs += students
+    total = _amounts_in_words(
+        _sum([one_by_one, side_by_side]),
+        _sum([cost.bytes for cost in costs]),
+        max(memories, default=None),
     )
-    for what, key in (("time", "seconds"), ("disk", "bytes"), ("memory", "memory")):
+    if device == "cuda":
+        total += f", GPU-hours {_gpu_hours(_sum([cost.gpu_hours for cost in costs if cost.gpus]))}"
+    if len(students) > 1 and num_jobs > 1:
+        total += f"; {min(num_jobs, len(students))} students at once"
+    lines.append(f"# {len(costs)} steps to do: {total}")
+    measures = [("time", "seconds"), ("disk", "bytes"), ("memory", "memory")]
+    measures += [("GPU-hours", "gpu_hours")] if device == "cuda" else []
+    for what, key in measures:
         unknown = sum(getattr(cost, key) is None for cost in costs)
         if unknown:
             lines.append(f"# {what} of {unknown} of these: {NOT_MEASURED}, and not in the sum")
@@ -122,13 +161,33 @@ def plan_text(plan: str, settings: CostSettings) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _side_by_side(seconds: Sequence[float | None], num_jobs: int) -> float | None:
+    """Of steps that begin in turn, each as soon as one of ``num_jobs`` before it has ended."""
+    known = [one for one in seconds if one is not None]
+    ends = [0.0] * num_jobs
+    for one in known:
+        heapq.heapreplace(ends, ends[0] + one)
+    return max(ends) if known else None
+
+
 def _sum(amounts: Sequence[float | None]) -> float | None:
     known = [amount for amount in amounts if amount is not None]
     return sum(known) if known else None
 
 
-def _in_words(cost: Cost) -> str:
-    time = NOT_MEASURED if cost.seconds is None else format_seconds(cost.seconds)
-    disk = NOT_MEASURED if cost.bytes is None else format_bytes(cost.bytes)
-    memory = NOT_MEASURED if cost.memory is None else f"{cost.memory:.1f} GB"
-    return f"time {time}, disk {disk}, memory {memory}"
+def _gpu_hours(hours: float | None) -> str:
+    return NOT_MEASURED if hours is None else f"{hours:.1f}"
+
+
+def _amounts_in_words(seconds: float | None, num_bytes: float | None, memory: float | None) -> str:
+    time = NOT_MEASURED if seconds is None else format_seconds(seconds)
+    disk = NOT_MEASURED if num_bytes is None else format_bytes(num_bytes)
+    gigabytes = NOT_MEASURED if memory is None else f"{memory:.1f} GB"
+    return f"time {time}, disk {disk}, memory {gigabytes}"
+
+
+def _in_words(cost: Cost, device: str) -> str:
+    text = _amounts_in_words(cost.seconds, cost.bytes, cost.memory)
+    if device == "cuda" and cost.gpus:
+        text += f", GPU-hours {_gpu_hours(cost.gpu_hours)}"
+    return text

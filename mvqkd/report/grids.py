@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from statistics import mean
 from typing import Any
 
 from mvqkd.decoding.scoring import difference_over_seeds, interval_over_seeds
-from mvqkd.experiments.grid import GridSettings, Places, Student, run_command, students_of
-from mvqkd.experiments.runner import is_done
+from mvqkd.experiments.grid import (
+    GridSettings,
+    Places,
+    RunOptions,
+    Student,
+    run_command,
+    students_of,
+)
+from mvqkd.experiments.runner import state_of
 from mvqkd.report.collect import SEED, compared, read_decoded, student_row
 from mvqkd.report.table import (
     StudentResult,
@@ -22,26 +29,41 @@ from mvqkd.report.table import (
 
 
 def conf_hash(grid: GridSettings) -> str:
-    """Of the grid's conf; times that were measured elsewhere are no part of it."""
-    document = {**asdict(grid), "rates": None}
+    """Of the grid's conf; times that were measured elsewhere are no part of it, nor is how it is
+    run."""
+    names = {f.name for f in fields(GridSettings)} - {"rates"}
+    document = {name: value for name, value in asdict(grid).items() if name in names}
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def collect_grid(grid: GridSettings, places: Places, command: str) -> dict[str, Any]:
+def collect_grid(
+    grid: GridSettings,
+    places: Places,
+    command: str,
+    options: RunOptions | None = None,
+    out_of_date: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """The document for `write_results_json`: rows of the students that are done, and section
     ``grid``, where ``cells`` says of each the seeds that are done and what they gave together.
 
     Args:
       command: that runs the grid.
+      options: of that.
+      out_of_date: students that were made with other confs, and what their `state_of` was then; a
+        student that is still the same is left out, and its seed named.
     """
-    students = [student for student in students_of(grid) if is_done(places, student)]
+    options, out_of_date = options or RunOptions(), out_of_date or {}
+    states = {student.name: state_of(places, student) for student in students_of(grid)}
+    old = [s for s in students_of(grid) if s.name in out_of_date]
+    old = [s for s in old if states[s.name] == out_of_date[s.name]]
+    students = [s for s in students_of(grid) if states[s.name] is not None and s not in old]
     decoded = [read_decoded(places.exp / student.name) for student in students]
     rows = []
     for student in students:
         # As one would train this student alone.
         call = " ".join(
             f'"{word}"' if " " in word else word
-            for word in run_command(grid, places, [student], device="")
+            for word in run_command(grid, places, [student], replace(options, device=""))
         )
         rows.append(
             student_row(
@@ -54,7 +76,10 @@ def collect_grid(grid: GridSettings, places: Places, command: str) -> dict[str, 
             )
         )
     rows = compared(rows, decoded)
-    cells = [_cell(grid, name, students, rows, decoded) for name in grid.cells]
+    cells = []
+    for name in grid.cells:
+        cells.append(_cell(grid, name, students, rows, decoded))
+        cells[-1]["seeds_out_of_date"] = [s.seed for s in old if s.cell_name == name]
     section = {
         "name": grid.name,
         "question": grid.question,
@@ -70,6 +95,14 @@ def collect_grid(grid: GridSettings, places: Places, command: str) -> dict[str, 
     return results_document(rows, {"grid": section})
 
 
+def _difference(
+    pairs: Sequence[tuple[int, int]], decoded: Sequence[dict[str, Any]], part: str
+) -> dict[str, Any]:
+    """Of the second of each pair of places in ``decoded`` to the first."""
+    results = [[decoded[place]["test_sets"][part]["results"] for place in pair] for pair in pairs]
+    return {**difference_over_seeds(results, seed=SEED), "num_seeds": len(pairs)}
+
+
 def _cell(
     grid: GridSettings,
     name: str,
@@ -82,9 +115,7 @@ def _cell(
     about = {
         "cell": name,
         "student": cell.student,
-        "confs": cell.confs,
-        "labels": cell.labels,
-        "values": cell.values,
+        **cell.meaning(),
         "seeds_done": [students[place].seed for place in mine],
     }
     if not mine:
@@ -95,7 +126,12 @@ def _cell(
         base = undistilled(rows, rows[place])
         if base is not None and base is not rows[place]:
             there = next(other for other, row in enumerate(rows) if row is base)
-            pairs.append((decoded[there]["test_sets"], decoded[place]["test_sets"]))
+            pairs.append((there, place))
+    by_name = {student.name: place for place, student in enumerate(students)}
+    against = {}
+    for other in cell.against:
+        of_seeds = [(Student(other, cell, students[place].seed).name, place) for place in mine]
+        against[other] = [(by_name[there], place) for there, place in of_seeds if there in by_name]
     test_sets = {}
     for part in all_test_sets(own):
         wer, lo, hi = interval_over_seeds(
@@ -104,8 +140,10 @@ def _cell(
         test_sets[part] = {"wer": wer, "lo": lo, "hi": hi}
         test_sets[part]["of_seeds"] = [row.test_sets[part].wer for row in own]
         if pairs:
-            paired = [(base[part]["results"], this[part]["results"]) for base, this in pairs]
-            test_sets[part]["difference"] = difference_over_seeds(paired, seed=SEED)
+            test_sets[part]["difference"] = _difference(pairs, decoded, part)
+        test_sets[part]["against"] = {
+            other: _difference(their, decoded, part) for other, their in against.items() if their
+        }
     return {
         **about,
         "distillation": own[0].distillation,

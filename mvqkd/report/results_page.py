@@ -8,9 +8,11 @@ from typing import Any
 
 from mvqkd.errors import RecipeError
 from mvqkd.experiments.grid import GridSettings
+from mvqkd.report.confs import conf_digests
 from mvqkd.report.grids import conf_hash
 from mvqkd.report.table import (
     NOT_MEASURED,
+    PaperResult,
     StudentResult,
     aligned,
     format_bytes,
@@ -30,12 +32,29 @@ def _wer(result: Mapping[str, Any]) -> str:
     return f"{result['wer']:.2f} [{result['lo']:.2f}, {result['hi']:.2f}]"
 
 
-def _difference(result: Mapping[str, Any]) -> list[str]:
-    difference = result.get("difference")
+def _spread(result: Mapping[str, Any]) -> str:
+    of_seeds = result["of_seeds"]
+    return f"{min(of_seeds):.2f} to {max(of_seeds):.2f}" if len(of_seeds) > 1 else "-"
+
+
+def _difference(difference: Mapping[str, Any] | None) -> list[str]:
     if difference is None:
         return ["-", "-"]
     low, high = difference["lo"], difference["hi"]
     return [f"{difference['delta']:+.2f} [{low:+.2f}, {high:+.2f}]", f"{difference['p']:.2g}"]
+
+
+def _found(grid: GridSettings, cells: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """By name, those of ``cells`` that have been run."""
+    found = {}
+    for entry in cells:
+        cell = grid.cells.get(entry["cell"])
+        # Of another cell that had this name, nothing is known here.
+        if entry["seeds_done"] and cell:
+            meaning = ("confs", "labels", "values", "untranscribed_parts")
+            if {key: entry[key] for key in meaning if key in entry} == cell.meaning():
+                found[entry["cell"]] = entry
+    return found
 
 
 def grid_section(grid: GridSettings, document: Mapping[str, Any] | None) -> str:
@@ -45,17 +64,11 @@ def grid_section(grid: GridSettings, document: Mapping[str, Any] | None) -> str:
       document: results.json of the grid; None: it has none.
     """
     section = document["grid"] if document else {"cells": []}
-    found = {}
-    for entry in section["cells"]:
-        cell = grid.cells.get(entry["cell"])
-        meaning = (entry["confs"], entry["labels"], entry["values"])
-        # Of another cell that had this name, nothing is known here.
-        if entry["seeds_done"] and cell and meaning == (cell.confs, cell.labels, cell.values):
-            found[entry["cell"]] = entry
+    found = _found(grid, section["cells"])
     parts = list(dict.fromkeys(part for entry in found.values() for part in entry["test_sets"]))
     header = ["cell", "student", "distillation", "streaming", "labels", "seeds"]
     for part in parts:
-        header += [f"{part} WER % [95%]", f"{part} difference [95%]", f"{part} p"]
+        header += [f"{part} WER % [95%]", f"{part} seeds", f"{part} difference [95%]", f"{part} p"]
     if not parts:
         header += ["WER % [95%]"]
     header += ["labels / hour", "s / step", "training"]
@@ -72,7 +85,10 @@ def grid_section(grid: GridSettings, document: Mapping[str, Any] | None) -> str:
         line += [f"{len(entry['seeds_done'])} of {len(grid.seeds)}"]
         for part in parts:
             result = entry["test_sets"].get(part)
-            line += ["-", "-", "-"] if result is None else [_wer(result), *_difference(result)]
+            if result is None:
+                line += ["-"] * 4
+            else:
+                line += [_wer(result), _spread(result), *_difference(result.get("difference"))]
         line += [format_bytes(entry["label_bytes_per_hour"])]
         line += [f"{entry['seconds_per_step']:.3f}", format_seconds(entry["training_seconds"])]
         lines.append(line)
@@ -80,17 +96,60 @@ def grid_section(grid: GridSettings, document: Mapping[str, Any] | None) -> str:
     text = f"## Grid {grid.name}\n\n{grid.question}\n\n{_markdown(lines)}"
     if not found:
         path = f"egs/{grid.corpus}/conf/grids/{grid.name}.yaml"
-        return text + f"\n`python3 local/experiment.py --config {path}`\n"
+        return f"{text}\n`python3 local/experiment.py --config {path}`\n"
     origin = section["origin"]
     seeds = ", ".join(map(str, grid.seeds))
     text += (
-        f"\nMeans over the seeds ({seeds}); intervals are 95% bootstrap over utterances, "
-        "differences paired with the undistilled student of the same seeds.\n"
-        f"`{origin['command']}`; conf of the grid {origin['conf_hash']}; {origin['device']}.\n"
+        f"\nMeans over the seeds ({seeds}), and the lowest and highest of them; intervals are 95% "
+        "bootstrap over utterances and seeds, differences paired with the undistilled student of "
+        "the same seeds.\n"
     )
+    text += _against(grid, found, parts)
+    text += f"\n`{origin['command']}`; conf of the grid {origin['conf_hash']}; "
+    text += f"{origin['device']}.\n"
     if origin["conf_hash"] != conf_hash(grid):
         text += f"The conf of the grid has changed since, and is now {conf_hash(grid)}.\n"
+    for entry in section["cells"]:
+        if entry.get("seeds_out_of_date"):
+            seeds = ", ".join(map(str, entry["seeds_out_of_date"]))
+            text += (
+                f"Left out of {entry['cell']}, since its confs have changed after it was trained: "
+                f"seed {seeds}.\n"
+            )
     return f"{text}\n{_markdown(origin_lines)}"
+
+
+def _against(grid: GridSettings, found: Mapping[str, Mapping[str, Any]], parts: list[str]) -> str:
+    """The table of cells that are compared with others than the undistilled one."""
+    header = ["cell", "against", "labels / hour", "against's", "seeds"]
+    for part in parts:
+        header += [f"{part} difference [95%]", f"{part} p"]
+    lines = [header]
+    for name, cell in grid.cells.items():
+        for other in cell.against:
+            line = [name, other]
+            for one in (name, other):
+                line.append(format_bytes(found.get(one, {}).get("label_bytes_per_hour")))
+            test_sets = found.get(name, {}).get("test_sets", {})
+            # Of another cell that had this other's name, nothing is known here either.
+            of_parts = [
+                test_sets.get(part, {}).get("against", {}).get(other) if other in found else None
+                for part in parts
+            ]
+            num_seeds = max((one["num_seeds"] for one in of_parts if one), default=0)
+            line.append(f"{num_seeds} of {len(grid.seeds)}")
+            if num_seeds:
+                for one in of_parts:
+                    line += _difference(one)
+            else:
+                line += [NOT_MEASURED, *["-"] * (len(header) - len(line) - 1)]
+            lines.append(line)
+    if len(lines) == 1:
+        return ""
+    return (
+        "\nOne cell against another, paired with the same seeds; negative: better than it.\n\n"
+        + _markdown(lines)
+    )
 
 
 def run_section(
@@ -103,14 +162,15 @@ def run_section(
     """
     text = f"## {name}\n\n{wer_table(rows)}\n"
     made = [
-        [row.distillation + (", streaming" if row.streaming else ""), row.origin.conf_hash,
+        [_kind(row), "-" if row.epochs is None else str(row.epochs), row.origin.conf_hash,
          str(row.origin.seed), row.origin.device, row.origin.date or "-"]
         for row in rows
     ]  # fmt: skip
     for what, section in other.items():
         origin = section["origin"]
         seed = "-" if origin["seed"] is None else str(origin["seed"])
-        made.append([what, origin["conf_hash"], seed, origin["device"] or "-", "-"])
+        device, date = origin["device"] or "-", origin.get("date") or "-"
+        made.append([what, "-", origin["conf_hash"], seed, device, date])
     if "teacher" in other:
         wers = ", ".join(f"{part} {wer:.2f}" for part, wer in other["teacher"]["wer"].items())
         text += f"Teacher, WER by greedy CTC: {wers or 'has no CTC head'}.\n\n"
@@ -123,11 +183,79 @@ def run_section(
         )
     for command in dict.fromkeys(row.origin.command for row in rows):
         text += f"`{command}`\n"
-    return f"{text}\n{_markdown([['', 'conf', 'seed', 'device', 'date'], *made])}"
+    changed = _changed_since(rows)
+    if changed:
+        text += f"Confs have changed since, those of: {', '.join(changed)}.\n"
+    return f"{text}\n{_markdown([['', 'epochs', 'conf', 'seed', 'device', 'date'], *made])}"
+
+
+def _kind(row: StudentResult) -> str:
+    return row.distillation + (", streaming" if row.streaming else "")
+
+
+def _changed_since(rows: Sequence[StudentResult]) -> list[str]:
+    """The students whose confs are others now, of those of which that was kept."""
+    now: dict[str, set[str]] = {}
+    changed = []
+    for row in rows:
+        if row.origin.confs:
+            if row.origin.command not in now:
+                now[row.origin.command] = set(conf_digests(row.origin.command).values())
+            if row.origin.confs not in now[row.origin.command]:
+                changed.append(f"{_kind(row)} ({row.epochs} epochs)")
+    return changed
+
+
+def published_section(
+    corpus: str,
+    students: Mapping[str, str],
+    published: Sequence[PaperResult],
+    rows: Sequence[StudentResult],
+) -> str:
+    """What others have published of a corpus's students and was not measured here, one row for each
+    of their results; a student of which nothing is published has one too. Nothing where all has
+    been measured, or nothing is published.
+
+    Args:
+      students: their conf files by name, as students.txt has them.
+      rows: of the runs that there are.
+    """
+    if not published:
+        return ""
+    parts = list(dict.fromkeys(part for one in published for part in one.wer))
+    header = ["student", "distillation", "streaming", "decoding"]
+    lines = [[*header, *(f"{part} WER %, published" for part in parts), "here"]]
+    sources: dict[str, None] = {}
+    for name, confs in students.items():
+        words = confs.split()
+        kinds = [word.partition("/")[2] for word in words if word.startswith("distillation/")]
+        like = (kinds[0] if kinds else "-", "streaming" in words)
+        about = [name, like[0], "yes" if like[1] else "no"]
+        of_like = [one for one in published if (one.distillation, one.streaming) == like]
+        for one in of_like:
+            if not any(one.is_like(row) for row in rows):
+                wers = [f"{one.wer[part]:.2f}" if part in one.wer else "-" for part in parts]
+                lines.append([*about, one.decoding.strip("-") or "-", *wers, NOT_MEASURED])
+                sources[one.source] = None
+        if not of_like and not any((row.distillation, row.streaming) == like for row in rows):
+            lines.append([*about, "-", *["-"] * len(parts), NOT_MEASURED])
+    if len(lines) == 1:
+        return ""
+    source = f"Published: {'; '.join(sources)}.\n\n" if sources else ""
+    return (
+        f"## Published, {NOT_MEASURED} here\n\n{_markdown(lines)}\n"
+        f"{source}`./run.sh --corpus {corpus} --device cuda`\n"
+    )
 
 
 def results_page(
-    corpus: str, results: Sequence[Path], grids: Sequence[GridSettings], notes: str, command: str
+    corpus: str,
+    results: Sequence[Path],
+    grids: Sequence[GridSettings],
+    notes: str,
+    command: str,
+    students: Mapping[str, str] | None = None,
+    published: Sequence[PaperResult] = (),
 ) -> str:
     """All of the page.
 
@@ -135,18 +263,25 @@ def results_page(
       results: results.json files of runs and of grids.
       notes: what a person has written about them.
       command: that makes the page.
+      students: of the corpus's recipe, see `published_section`.
+      published: what others have published of them.
 
     Raises:
       RecipeError: a file cannot be read, or is of a grid that is not there.
     """
     of_grids, sections, written = {}, [], [f"{notes.strip()}\n"] if notes else []
+    rows: list[StudentResult] = []
     for path in results:
         document = read_document(path)
         if "grid" in document:
             of_grids[document["grid"]["name"]] = document
         else:
             other = {name: section for name, section in document.items() if name != "students"}
-            sections.append(run_section(path.stem, read_results(path), other))
+            of_run = read_results(path)
+            rows += of_run
+            sections.append(run_section(path.stem, of_run, other))
+    not_here = published_section(corpus, students or {}, published, rows)
+    sections += [not_here] if not_here else []
     unknown = set(of_grids) - {grid.name for grid in grids}
     if unknown:
         raise RecipeError(

@@ -36,6 +36,8 @@ class Origin:
     device: str  # e.g. "cpu, 2 threads" or "NVIDIA H100"
     seed: int
     date: str = ""  # when it was made, e.g. 2024-05-31; empty where that was not kept
+    # `mvqkd.report.confs.conf_digests`; empty where that was not kept.
+    confs: str = ""
 
 
 @dataclass(frozen=True)

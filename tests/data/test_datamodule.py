@@ -166,6 +166,54 @@ def test_transcripts_are_optional_where_there_are_labels(labelled_cuts, tokens):
         list(StudentData(cuts, tokens, DataSettings(60), 1).batches(0))
 
 
+@pytest.fixture
+def partly(labelled_cuts, tokens):
+    """(all of the cuts, of which a third have transcripts; these alone; data of them)"""
+    cuts = [c if n % 3 == 0 else c.drop_supervisions() for n, c in enumerate(labelled_cuts)]
+    read = CutSet.from_cuts(cuts[::3])
+
+    def make(cuts, max_untranscribed):
+        settings = DataSettings(6, max_untranscribed, num_buckets=2)
+        return StudentData(cuts, tokens, settings, 1, [FIELD])
+
+    return CutSet.from_cuts(cuts), read, make
+
+
+def test_speech_without_transcripts_comes_on_top_of_the_batches(partly):
+    cuts, read, make = partly
+    data, alone = make(cuts, 4.0), make(read, 0.0)
+    unread = []
+    for epoch in (0, 1):
+        batches, without = list(data.batches(epoch)), list(alone.batches(epoch))
+        # One pass over the transcripts, in the same batches; nothing else has tokens.
+        assert len(batches) == len(without) > 1
+        for (batch, seconds), (same, same_seconds) in zip(batches, without):
+            number = len(same.ids)
+            assert batch.ids[:number] == same.ids and batch.tokens[:number] == same.tokens
+            rest = batch.ids[number:]
+            assert rest and batch.tokens[number:] == [None] * len(rest)
+            assert 0 < seconds - same_seconds <= max(4.0, max(c.duration for c in cuts))
+            unread.append(tuple(rest))
+    assert len(set(unread)) > 1
+    assert data.seconds == pytest.approx(alone.seconds * (1 + 4 / 6))
+    assert_equal(flat(data.batches(1, 1)), flat(make(cuts, 4.0).batches(1))[1:])
+
+
+def test_speech_without_transcripts_is_gone_through_again(partly):
+    cuts, read, make = partly
+    few = CutSet.from_cuts([*read, next(c for c in cuts if not c.supervisions)])
+    batches = [batch for batch, _ in make(few, 4.0).batches(0)]
+    assert len(batches) > 1 and len({batch.ids[-1] for batch in batches}) == 1
+
+
+def test_parts_of_batches_need_speech_of_both_kinds(partly):
+    cuts, read, make = partly
+    assert_equal(flat(make(read, 4.0).batches(0)), flat(make(read, 0.0).batches(0)))
+    # Off, both kinds are one set.
+    ids = [i for batch, _ in make(cuts, 0.0).batches(0) for i in batch.ids]
+    assert sorted(ids) == sorted(cut.id for cut in cuts)
+
+
 def test_spec_augment_masks_and_keeps_time(make_data):
     batch, _ = next(make_data().batches(0))
     augmented = make_spec_augment(SpecAugmentSettings(p=1.0))(batch.features_BTF)

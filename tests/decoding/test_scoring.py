@@ -247,3 +247,15 @@ def test_over_one_seed_is_as_without_seeds():
     wer, low, high = scoring.interval_over_seeds([a, b])
     assert low <= wer <= high and wer == 40.0
     assert scoring.difference_over_seeds([(a, b), (b, a)])["delta"] == 0.0
+
+
+def test_intervals_are_also_over_seeds():
+    # One model errs in half of the words of every utterance, the other in none: only which models
+    # are drawn matters.
+    bad, good = ([(str(n), ["a", "b"], ["a", b]) for n in range(50)] for b in ("x", "b"))
+    assert scoring.interval_over_seeds([bad]) == (50.0, 50.0, 50.0)
+    assert scoring.interval_over_seeds([bad, good]) == (25.0, 0.0, 50.0)
+    found = scoring.difference_over_seeds([(bad, good), (good, good)])
+    assert (found["delta"], found["lo"], found["hi"]) == (-25.0, -50.0, 0.0)
+    # Both of the draws that are 0 in a quarter of the cases.
+    assert found["p"] == pytest.approx(0.5, abs=0.03)

@@ -14,8 +14,22 @@ import yaml
 from mvqkd import cli
 from mvqkd.data.shards import taken
 from mvqkd.errors import RecipeError
-from mvqkd.experiments.grid import GridSettings, places_of, students_of, write_confs
-from mvqkd.experiments.runner import Calls, estimate, run_grid
+from mvqkd.experiments.grid import (
+    GridSettings,
+    RunOptions,
+    places_of,
+    run_command,
+    students_of,
+    write_confs,
+)
+from mvqkd.experiments.runner import (
+    Calls,
+    estimate,
+    run_grid,
+    state_of,
+    steps_to_do,
+    threads_each,
+)
 from mvqkd.report.grids import collect_grid
 from mvqkd.report.table import read_results, write_results_json
 
@@ -29,7 +43,25 @@ while (($#)); do
     declare "${name//-/_}=$2"
     shift 2
 done
+# What a student is made from: its confs.
+stamp() {
+    local cell=$overlay/cells/${1%-seed*}.yaml
+    { grep "^$1 " "$students_file"; [[ ! -e $cell ]] || cat "$cell"; } | md5sum
+}
+if [[ ${dry_run:-false} == true ]]; then
+    echo "corpus todo make corpus" >>"$mvqkd_plan"
+    echo "labels-$labels todo make labels" >>"$mvqkd_plan"
+    for student in $students; do
+        for step in "student-$student" "decode-$student"; do
+            state=todo
+            [[ "$(cat "exp/toy/stamps/$step" 2>/dev/null)" != "$(stamp "$student")" ]] || state=done
+            echo "$step $state make $step" >>"$mvqkd_plan"
+        done
+    done
+    exit
+fi
 echo "$students $labels" >>ran
+env >"env-$students"
 [[ ! -e broken-$students ]] || { echo "broken on purpose"; exit 1; }
 grep -q "^$students " "$students_file"
 seed=${students##*-seed}
@@ -46,7 +78,7 @@ echo '{"setting": "greedy", "streaming": false, "num_params": 9, "test_sets": {"
     "results": [["one", ["a", "b"], '$hyp'], ["two", ["a", "b"], ["a", "b"]]]}}}' \
     >"$exp/$students/decoded.json"
 for step in student decode; do
-    echo 0123456789abcdef >"$exp/stamps/$step-$students"
+    stamp "$students" >"$exp/stamps/$step-$students"
     echo 10 >"$exp/stamps/$step-$students.seconds"
 done
 """
@@ -65,7 +97,7 @@ def recipe(tmp_path, monkeypatch):
     labels.mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mvqkd.report.collect.label_bytes_per_hour", lambda *args: 1e6)
-    for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_ID"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -86,6 +118,9 @@ CONF = {
 }  # fmt: skip
 
 
+CPU = RunOptions(device="cpu")
+
+
 def grid_of(recipe, **changes) -> GridSettings:
     path = recipe / "grid.yaml"
     path.write_text(yaml.safe_dump({**CONF, **changes}, sort_keys=False))
@@ -95,8 +130,14 @@ def grid_of(recipe, **changes) -> GridSettings:
 def run(grid, num_jobs=1, when_done=lambda: None):
     places = places_of(grid)
     write_confs(grid, places)
-    calls = Calls(grid, places, "cpu", places.exp / "grids" / grid.name / "logs")
+    calls = Calls(grid, places, CPU, places.exp / "grids" / grid.name / "logs")
     return run_grid(grid, places, calls, num_jobs, when_done)
+
+
+def planned(grid, num_at_once=1):
+    places = places_of(grid)
+    write_confs(grid, places)
+    return estimate(grid, places, num_at_once, steps_to_do(grid, places, CPU))
 
 
 def ran(recipe) -> list[str]:
@@ -145,32 +186,31 @@ def test_processes_begin_elsewhere_and_leave_what_others_have(recipe, monkeypatc
 
 def test_says_how_long_it_takes(recipe):
     grid = grid_of(recipe)
-    places = places_of(grid)
-    plan = estimate(grid, places, 1)
+    plan = planned(grid)
     # First 40, two sets of labels of 60, and 2 x (100 + 200 + 200).
     assert (plan.seconds, plan.num_measured, len(plan.left)) == (1160, 0, 6)
     assert plan.in_words(6, "a desk") == (
         "0 of 6 students are done; the other 6 will take 0 h 19 min (0 of them by times measured "
         "here, the others by rates of a desk)"
     )
-    assert estimate(grid, places, 4).seconds == 290
+    assert planned(grid, 4).seconds == 290
     (recipe / "broken-mvq-n4-seed2").touch()
     run(grid)
-    plan = estimate(grid, places, 1)
+    plan = planned(grid)
     # 100 s of training by its log, 10 of decoding; the sets of labels are still not there.
     assert [student.name for student in plan.left] == ["mvq-n4-seed2"]
     assert (plan.seconds, plan.num_measured) == (40 + 60 + 110, 1)
 
     (recipe / "exp/toy/none-seed1/log.jsonl").write_text('{"seconds": 100}\n{"seco')
     with pytest.raises(RecipeError, match=r"none-seed1/log\.jsonl: .* remove .*student-none-seed1"):
-        estimate(grid, places, 1)
+        planned(grid)
 
 
 def test_one_that_is_trained_anew_is_not_done(recipe):
     grid = grid_of(recipe)
     run(grid)
     (recipe / "exp/toy/mvq-seed1/decoded.json").unlink()
-    assert [student.name for student in estimate(grid, places_of(grid), 1).left] == ["mvq-seed1"]
+    assert state_of(places_of(grid), students_of(grid)[1]) is None
     rows = collect_grid(grid, places_of(grid), "COMMAND")["students"]
     assert len(rows) == 5
 
@@ -178,15 +218,139 @@ def test_one_that_is_trained_anew_is_not_done(recipe):
 def test_unknown_rate_is_refused(recipe):
     grid = grid_of(recipe, rates={"students": {"none": 1.0}})
     with pytest.raises(RecipeError, match=r"cell mvq: rates\.students has no 'mvq'; add"):
-        estimate(grid, places_of(grid), 1)
+        planned(grid)
+
+
+def test_without_rates_the_time_is_not_measured(recipe):
+    plan = planned(grid_of(recipe, rates={}))
+    assert plan.in_words(6, "nowhere") == (
+        "0 of 6 students are done; the time of the other 6: not measured"
+    )
+
+
+def test_changed_confs_are_told_and_run_again(recipe):
+    run(grid_of(recipe))
+    ran(recipe)
+    cells = {**CONF["cells"], "mvq-n4": {**CONF["cells"]["mvq-n4"], "values": {"a": 1}}}
+    grid = grid_of(recipe, cells=cells)
+    places, plan = places_of(grid), planned(grid)
+    names = [student.name for student in plan.left]
+    assert names == ["mvq-n4-seed1", "mvq-n4-seed2"]
+    assert plan.in_words(6, "a desk").startswith(
+        "4 of 6 students are done; the other 2 (confs have changed since 2 of them) will take 0 h "
+    )
+    old = {student.name: state_of(places, student) for student in plan.out_of_date}
+    last = collect_grid(grid, places, "COMMAND", CPU, old)["grid"]["cells"][2]
+    assert (last["seeds_done"], last["seeds_out_of_date"]) == ([], [1, 2])
+    (recipe / "broken-mvq-n4-seed2").touch()
+    told = []
+    assert run(grid, when_done=lambda: told.append(1)) == ["mvq-n4-seed2"]
+    assert len(told) == 1  # the four that are done have not changed
+    last = collect_grid(grid, places, "COMMAND", CPU, old)["grid"]["cells"][2]
+    assert (last["seeds_done"], last["seeds_out_of_date"]) == ([1], [2])
+
+
+def test_what_is_started_is_no_part_of_the_job(recipe, monkeypatch):
+    job = {
+        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0",
+        "MASTER_ADDR": "host0", "MASTER_PORT": "1", "GROUP_RANK": "0", "PET_NNODES": "2",
+        "PET_NODE_RANK": "1", "MVQKD_LAUNCH": "1", "TORCHELASTIC_ERROR_FILE": "error.json",
+        "SLURM_ARRAY_TASK_ID": "0",
+    }  # fmt: skip
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    assert run(grid_of(recipe, seeds=[1])) == []
+    lines = (recipe / "env-none-seed1").read_text().splitlines()
+    assert {line.split("=")[0] for line in lines} & set(job) == {"LOCAL_RANK"}
+
+
+def test_failing_student_says_why_in_its_log_under_a_launcher(recipe):
+    grid_of(recipe, seeds=[1], cells={"none": CONF["cells"]["none"]})
+    (recipe / "fails.py").write_text(
+        "from mvqkd import cli\nfrom mvqkd.errors import RecipeError\n"
+        "def main(settings: dict):\n    raise RecipeError('its own message')\n"
+        "import dataclasses\nS = dataclasses.make_dataclass('S', [])\ncli.run(main, S)\n"
+    )
+    fake = FAKE.replace("[[ ! -e broken-", f'"{sys.executable}" fails.py\n[[ ! -e broken-', 1)
+    (recipe / "run.sh").write_text(fake)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "MVQKD_LAUNCH": "1", "LOCAL_WORLD_SIZE": "1"}
+    env["TORCHELASTIC_ERROR_FILE"] = str(recipe / "error.json")
+    command = [sys.executable, str(ROOT / "local/experiment.py"), "--config", "grid.yaml"]
+    assert subprocess.run(command, env=env, capture_output=True).returncode == 1
+    log = (recipe / "exp/toy/grids/one/logs/none-seed1.log").read_text()
+    assert log == "fails.py: its own message\n"
+    # Of the grid's own process the launcher tells.
+    assert "none-seed1.log: 1 students failed" in (recipe / "error.json").read_text()
+
+
+def test_processes_of_a_host_share_its_threads(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert (threads_each(1), threads_each(2)) == (12, 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert (threads_each(1), threads_each(2), threads_each(8)) == (3, 1, 1)
+
+
+def test_several_grids_at_once_keep_all_cells(recipe):
+    grids = [
+        grid_of(recipe, name=f"grid{n}", cells={f"cell{n}": {"confs": "distillation/none"}})
+        for n in range(8)
+    ]
+    places = places_of(grids[0])
+    threads = [threading.Thread(target=write_confs, args=(grid, places)) for grid in grids]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    known = yaml.safe_load((places.exp / "grids/cells.yaml").read_text())
+    assert set(known) == {f"cell{n}" for n in range(8)}
+
+
+def test_options_of_the_call_go_to_run_sh(recipe):
+    cells = {"mvq": {"confs": "distillation/mvq", "untranscribed_parts": "a b"}}
+    grid = grid_of(recipe, cells=cells, decoding="chunks")
+    options = RunOptions("cuda", "copy", "none", "large", "folder", 4)
+    words = run_command(grid, places_of(grid), students_of(grid)[:1], options)
+    assert words[:2] == ["./run.sh", "--corpus"]
+    given = dict(zip(words[1::2], words[2::2]))
+    wanted = {
+        "--device": "cuda", "--dl-dir": "copy", "--noise-dir": "none", "--teacher": "large",
+        "--teacher-dir": "folder", "--num-gpus": "4", "--decoding": "chunks",
+        "--untranscribed-parts": "a b", "--labels": "mvq", "--num-jobs": "1",
+    }  # fmt: skip
+    assert wanted.items() <= given.items()
+    plain = run_command(grid_of(recipe), places_of(grid), students_of(grid)[:1], CPU)
+    assert not {"--num-gpus", "--dl-dir", "--decoding"} & set(plain)
+
+
+def test_cell_against_none_of_the_grid_is_refused(recipe):
+    cells = {"mvq": {"confs": "distillation/mvq", "against": "l2"}}
+    with pytest.raises(RecipeError, match="cell mvq is against 'l2'; name another cell"):
+        students_of(grid_of(recipe, cells=cells))
+
+
+def test_cells_are_compared_with_those_that_they_name(recipe):
+    cells = {
+        "none": {"confs": "distillation/none"},
+        "l2": {"confs": "distillation/l2", "labels": "floats", "like": "mvq"},
+        "mvq": {"confs": "distillation/mvq", "against": ["none", "l2"]},
+    }
+    (recipe / "broken-l2-seed2").touch()
+    grid = grid_of(recipe, cells=cells)
+    run(grid)
+    none, l2, mvq = collect_grid(grid, places_of(grid), "COMMAND")["grid"]["cells"]
+    assert none["test_sets"]["test"]["against"] == l2["test_sets"]["test"]["against"] == {}
+    against = mvq["test_sets"]["test"]["against"]
+    assert against["none"] == mvq["test_sets"]["test"]["difference"]
+    assert (against["none"]["delta"], against["none"]["num_seeds"]) == (-12.5, 2)
+    assert (against["l2"]["delta"], against["l2"]["num_seeds"]) == (0.0, 1)
 
 
 def test_grids_share_students_that_mean_the_same(recipe):
     run(grid_of(recipe))
     cells = {"mvq": {**CONF["cells"]["mvq"], "student": "another name in tables"}}
     other = grid_of(recipe, name="two", cells=cells)
-    assert estimate(other, places_of(other), 1).left == []
-    write_confs(other, places_of(other))
+    assert planned(other).left == []
     other = grid_of(recipe, name="two", cells={"mvq": {"confs": "streaming distillation/mvq"}})
     with pytest.raises(RecipeError, match="cell mvq means something else in grid one"):
         write_confs(other, places_of(other))
@@ -240,7 +404,7 @@ def test_ended_calls_start_nothing_more(recipe):
     os.mkfifo(recipe / "at")
     (recipe / "run.sh").write_text("#!/usr/bin/env bash\necho >at\nread <never\n")
     os.mkfifo(recipe / "never")
-    calls = Calls(grid, places, "cpu", recipe / "logs")
+    calls = Calls(grid, places, CPU, recipe / "logs")
     statuses = []
     thread = threading.Thread(target=lambda: statuses.append(calls(students_of(grid)[0], 1)))
     thread.start()
@@ -257,9 +421,10 @@ def test_shipped_grids_are_whole(tmp_path):
         assert grid.name == path.stem
         for student in students_of(grid):
             cell = student.cell
-            meaning = (cell.confs, cell.labels, cell.values)
+            meaning = cell.meaning()
             assert cells.setdefault((grid.corpus, student.cell_name), meaning) == meaning
-            assert student.like in grid.rates.students, (grid.name, student.name)
+            known = grid.rates.students
+            assert not known or student.like in known, (grid.name, student.name)
             for conf in cell.confs.split():
                 assert (ROOT / "conf" / f"{conf}.yaml").exists(), (grid.name, conf)
             own = [ROOT / "conf/labels", ROOT / "egs" / grid.corpus / "conf/labels"]

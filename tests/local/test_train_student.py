@@ -12,6 +12,7 @@ from mvqkd import cli
 from mvqkd.data.manifests import write_cuts
 from mvqkd.data.tokens import TokenSettings, train_tokens
 from mvqkd.decoding.decode import DecodingSettings, load_student
+from mvqkd.errors import RecipeError
 from mvqkd.quantizer import save_quantizer
 from mvqkd.training.checkpoint import load_checkpoint
 from tests.conftest import ROOT
@@ -98,6 +99,10 @@ def test_several_terms_with_and_without_transcripts(
     words = ["--config", "conf.yaml", "--train_manifest", "train.jsonl.gz", "--device", "cpu"]
     words += ["--untranscribed_manifests", "[more.jsonl.gz]", "--dev_manifests", "[dev.jsonl.gz]"]
     words += ["--tokens_dir", "tokens", "--exp_dir", "exp"]
+    both = cli.parse(Settings, [*words, "--data.max_untranscribed", "2"])[0]
+    both.untranscribed_manifests = []
+    with pytest.raises(RecipeError, match="max_untranscribed: every training utterance has a tra"):
+        main(both)
     main(cli.parse(Settings, words)[0])
     assert json.loads(Path("exp/settings.json").read_text())["longest_utterances"] == 1.2
     log = [json.loads(line) for line in Path("exp/log.jsonl").read_text().splitlines()]

@@ -71,6 +71,40 @@ def test_plan_in_words(settings, training):
     ]
 
 
+def test_students_side_by_side(settings, training):
+    # 660 s and 5 MB; three of them, two at once, take as long as two. Streaming ones: 1200 s, 4 GB.
+    plan = "labels todo dump\n" + "".join(f"student-{n} todo {training}\n" for n in "abc")
+    last = plan_text(plan, settings, num_jobs=2).splitlines()[-3]
+    assert last == ("# 4 steps to do: time 27m00s, disk 30.0 MB, memory 2.5 GB; 2 students at once")
+    assert "time 38m00s, disk 30.0 MB, memory 2.5 GB" in plan_text(plan, settings)
+    plan += "".join(f"student-streaming-{n} todo {training}\n" for n in "ab")
+    # a and b end at 11 min, c at 22, then the first stream at 31 and the second at 42.
+    assert "time 47m00s, disk 30.0 MB, memory 8.0 GB;" in plan_text(plan, settings, num_jobs=2)
+
+
+def test_gpu_hours(settings, training):
+    plan = f"corpus todo make\nstudent-mvq todo {training}\n"
+    plan += f"student-many todo python3 -m mvqkd.launch --nproc-per-node 4 {training[8:]}\n"
+    plan += "decode-mvq todo decode --device cuda\n"
+    lines = plan_text(plan, settings, device="cuda").splitlines()
+    # Rates of another device say nothing.
+    assert "# student-mvq: time not measured, disk 5.0 MB, memory not measured, GPU-hours not " in (
+        "\n".join(lines)
+    )
+    assert lines[0] == "# corpus: time not measured, disk 7 B, memory not measured"
+    assert lines[-6].endswith(", memory not measured, GPU-hours not measured")
+    assert lines[-2] == "# GPU-hours of 3 of these: not measured, and not in the sum"
+    settings.device = "cuda"
+    text = plan_text(plan, settings, device="cuda")
+    assert "# student-mvq: time 11m00s, disk 5.0 MB, memory not measured, GPU-hours 0.2\n" in text
+    assert "# student-many: time 11m00s, disk 5.0 MB, memory not measured, GPU-hours 0.7\n" in text
+    assert (
+        "# 4 steps to do: time 22m00s, disk 10.0 MB, memory not measured, GPU-hours 0.9\n" in text
+    )
+    assert "# GPU-hours of 1 of these: not measured, and not in the sum\n" in text
+    assert "GPU" not in plan_text(plan, settings)
+
+
 def test_shipped_rates_are_read():
     files = sorted([*ROOT.glob("conf/**/costs.yaml"), *ROOT.glob("egs/*/conf/**/costs.yaml")])
     assert len(files) > 5

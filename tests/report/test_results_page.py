@@ -12,6 +12,7 @@ from mvqkd.errors import RecipeError
 from mvqkd.experiments.grid import GridSettings
 from mvqkd.report.grids import conf_hash
 from mvqkd.report.results_page import results_page
+from mvqkd.report.table import PaperResult
 from tests.recipe_copy import ROOT
 
 ORIGIN = {"command": "./run.sh --toy", "conf_hash": "0123456789ab", "device": "cpu", "seed": 1}
@@ -22,14 +23,14 @@ ROW = {
 }  # fmt: skip
 RUN = {
     "students": [ROW],
-    "teacher": {"wer": {"test": 9.0}, "origin": {**ORIGIN, "seed": None}},
+    "teacher": {"wer": {"test": 9.0}, "origin": {**ORIGIN, "seed": None, "date": "2024-05-30"}},
     "quantizer": {"rrl": {"0": 0.3, "5": 0.25}, "num_codebooks": 8, "origin": ORIGIN},
 }
 CONF = {
     "name": "bytes", "question": "How many?", "corpus": "toy", "seeds": [1, 2],
     "cells": {
         "none": {"confs": "distillation/none"},
-        "mvq": {"confs": "distillation/mvq"},
+        "mvq": {"confs": "distillation/mvq", "against": ["none", "mvq-n4"]},
         "mvq-n4": {"confs": "distillation/mvq", "labels": "n4"},
     },
 }  # fmt: skip
@@ -50,11 +51,12 @@ def grid(tmp_path) -> GridSettings:
 
 
 def of_grid(grid) -> dict:
-    wer = {"wer": 25.0, "lo": 20.0, "hi": 30.0, "of_seeds": [25.0, 25.0]}
+    wer = {"wer": 25.0, "lo": 20.0, "hi": 30.0, "of_seeds": [26.0, 24.0]}
     none = {**DONE, "cell": "none", "confs": "distillation/none", "distillation": "none"}
     none |= {"test_sets": {"test": wer}, "label_bytes_per_hour": None}
     mvq = {**DONE, "cell": "mvq", "confs": "distillation/mvq", "distillation": "mvq"}
     mvq |= {"test_sets": {"test": {**wer, "wer": 12.5, "difference": DIFFERENCE}}}
+    mvq["test_sets"]["test"]["against"] = {"none": {**DIFFERENCE, "delta": -12.25, "num_seeds": 1}}
     mvq |= {"label_bytes_per_hour": 1.9e6}
     missing = {"cell": "mvq-n4", "confs": "distillation/mvq", "labels": "n4", "values": {}}
     origin = {**ORIGIN, "command": "local/experiment.py", "conf_hash": conf_hash(grid)}
@@ -85,27 +87,118 @@ def test_run_has_its_table_and_origin(tmp_path):
         and "Codebooks: 8, RRL 0.250 after 5 rounds" in page
     )
     assert "`./run.sh --toy`" in page
-    assert "| none      | 0123456789ab | 1    | cpu    | 2024-05-31 |" in page
+    assert cells_of(page[page.index("./run.sh --toy") :], "none") == [
+        "none", "3", "0123456789ab", "1", "cpu", "2024-05-31"
+    ]  # fmt: skip
+    assert cells_of(page, "teacher") == ["teacher", "-", "0123456789ab", "-", "cpu", "2024-05-30"]
+    assert cells_of(page, "quantizer")[-1] == "-"
     assert page.endswith("## Notes\n\nMine.\n")
+
+
+def test_students_whose_confs_have_changed_are_named(tmp_path, monkeypatch):
+    calls = []
+
+    def digests(command):
+        calls.append(command)
+        return {"none": "as it was", "mvq": "another"}
+
+    monkeypatch.setattr("mvqkd.report.results_page.conf_digests", digests)
+    kept = {"none": {"confs": "as it was"}, "mvq": {"confs": "as it was not"}, "l2": {}}
+    rows = [
+        {**ROW, "distillation": kind, "epochs": 4, "origin": {**ROW["origin"], **confs}}
+        for kind, confs in kept.items()
+    ]
+    page = page_of(tmp_path, [], small={**RUN, "students": rows})
+    assert "Confs have changed since, those of: mvq (4 epochs).\n" in page
+    # Of the third that was not kept.
+    assert calls == ["./run.sh --toy"]
+    assert "Confs have changed" not in page_of(tmp_path, [], small=RUN)
+
+
+STUDENTS = {
+    "none": "distillation/none",
+    "mvq": "distillation/mvq",
+    "ours": "distillation/mvq-l2",
+    "streaming-mvq": "streaming distillation/mvq",
+}
+
+
+def test_published_numbers_that_were_not_measured(tmp_path):
+    published = [
+        PaperResult("none", {"test": 7.09}, "The paper"),
+        PaperResult("mvq", {"test": 5.82, "other": 15.98}, "The paper", decoding="-epoch-20-"),
+        PaperResult("mvq", {"test": 5.5}, "The paper", decoding="-epoch-30-"),
+        PaperResult("mvq", {"test": 3.0}, "An article", streaming=True),
+    ]
+
+    def section(*rows):
+        return results_page("toy", list(rows), [], "Mine.\n", "COMMAND", STUDENTS, published)
+
+    page = section()
+    lines = [line for line in page.splitlines() if line.startswith("| ")]
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    about = ["student", "distillation", "streaming", "decoding"]
+    assert found[0] == [*about, "test WER %, published", "other WER %, published", "here"]
+    assert found[2:] == [
+        ["none", "none", "no", "-", "7.09", "-", "not measured"],
+        ["mvq", "mvq", "no", "epoch-20", "5.82", "15.98", "not measured"],
+        ["mvq", "mvq", "no", "epoch-30", "5.50", "-", "not measured"],
+        ["ours", "mvq-l2", "no", "-", "-", "-", "not measured"],
+        ["streaming-mvq", "mvq", "yes", "-", "3.00", "-", "not measured"],
+    ]
+    assert "Published: The paper; An article.\n\n`./run.sh --corpus toy --device cuda`\n" in page
+    assert page.index("## Published, not measured here") < page.index("Mine.")
+
+    # What has been measured stands beside the published in its run's own table.
+    mvq = {**ROW, "distillation": "mvq", "decoding": "greedy-epoch-20-avg-1"}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"students": [ROW, mvq, {**ROW, "distillation": "mvq-l2"}]}))
+    page = section(path)
+    page = page[page.index("## Published") :]
+    names = [line.split()[1] for line in page.splitlines() if line.startswith("| ")][2:]
+    assert names == ["mvq", "streaming-mvq"] and "15.98" not in page
+    path.write_text(json.dumps({"students": [{**ROW, "decoding": "-epoch-30-"}]}))
+    measured = results_page("toy", [path], [], "", "COMMAND", {"none": STUDENTS["none"]}, published)
+    assert "## Published" not in measured
+    assert "## Published" not in results_page("toy", [], [], "", "COMMAND", STUDENTS)
 
 
 def test_grid_says_what_was_found_and_what_was_not_measured(tmp_path, grid):
     page = page_of(tmp_path, [grid], found=of_grid(grid))
     assert "## Grid bytes\n\nHow many?\n" in page
     assert cells_of(page, "mvq") == [
-        "mvq", "conformer", "mvq", "no", "mvq", "2 of 2", "12.50 [20.00, 30.00]",
+        "mvq", "conformer", "mvq", "no", "mvq", "2 of 2", "12.50 [20.00, 30.00]", "24.00 to 26.00",
         "-12.50 [-15.00, -9.00]", "0.0002", "1.9 MB", "0.250", "1m40s",
     ]  # fmt: skip
-    assert cells_of(page, "none")[6:9] == ["25.00 [20.00, 30.00]", "-", "-"]
+    assert cells_of(page, "none")[6:10] == ["25.00 [20.00, 30.00]", "24.00 to 26.00", "-", "-"]
     assert cells_of(page, "mvq-n4")[5:7] == ["0 of 2", "not measured"]
     assert f"`local/experiment.py`; conf of the grid {conf_hash(grid)}; cpu." in page
     assert "aaaa, bbbb" in page and "2024-05-31, 2024-06-01" in page
     assert "has changed since" not in page
+    compared = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page[page.index("One cell against another") :].splitlines()
+        if line.startswith("| mvq ")
+    ]
+    assert compared[:2] == [
+        ["mvq", "none", "1.9 MB", "-", "1 of 2", "-12.25 [-15.00, -9.00]", "0.0002"],
+        ["mvq", "mvq-n4", "1.9 MB", "-", "0 of 2", "not measured", "-"],
+    ]
+
+
+def test_seeds_that_are_out_of_date_are_named(tmp_path, grid):
+    document = of_grid(grid)
+    document["grid"]["cells"][1]["seeds_out_of_date"] = [2, 3]
+    page = page_of(tmp_path, [grid], found=document)
+    assert (
+        "Left out of mvq, since its confs have changed after it was trained: seed 2, 3.\n" in page
+    )
 
 
 def test_grid_that_never_ran(tmp_path, grid):
     page = page_of(tmp_path, [grid], "Mine.\n", small=RUN)
     assert page.count("not measured") == 3
+    assert "One cell against another" not in page
     assert page.index("## small") < page.index("Mine.") < page.index("## Grid bytes")
     assert "`python3 local/experiment.py --config egs/toy/conf/grids/bytes.yaml`" in page
 
@@ -131,6 +224,15 @@ def test_script_keeps_what_it_takes(tmp_path, grid, monkeypatch):
     (tmp_path / "exp/toy-small/results.json").write_text(json.dumps(RUN))
     (tmp_path / "exp/grid.json").write_text(json.dumps(of_grid(grid)))
     (tmp_path / "egs/toy/notes.md").write_text("Mine.\n")
+    (tmp_path / "egs/toy/recipe.sh").write_text('name=toy-small pool_parts=""\n')
+    (tmp_path / "local").mkdir()
+    for name in ("recipe.sh", "steps.sh"):
+        shutil.copy(ROOT / "local" / name, tmp_path / "local")
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf/students.txt").write_text("# student  confs\nmvq   distillation/mvq\n")
+    (tmp_path / "conf/report.yaml").write_text("page: {audio: 1}\n")
+    paper = {"distillation": "mvq", "wer": {"test": 5.5}, "source": "The paper"}
+    (tmp_path / "egs/toy/conf/report.yaml").write_text(json.dumps({"paper": [paper]}))
     take = "[exp/toy-small/results.json, exp/grid.json]"
     script.main(cli.parse(script.Settings, ["--corpus", "toy", "--take", take])[0])
     page = (tmp_path / "egs/toy/RESULTS.md").read_text()
@@ -140,4 +242,9 @@ def test_script_keeps_what_it_takes(tmp_path, grid, monkeypatch):
     script.main(cli.parse(script.Settings, ["--corpus", "toy"])[0])
     assert (tmp_path / "egs/toy/RESULTS.md").read_text() == page
     assert "## toy-small" in page and page.endswith("Mine.\n")
+    assert cells_of(page[page.index("## Published") :], "mvq") == [
+        "mvq", "mvq", "no", "-", "5.50", "not measured"
+    ]  # fmt: skip
+    with pytest.raises(RecipeError, match="--corpus other: not known; give one of: toy"):
+        script.recipe_of("other")
     sys.modules.pop("results_page")

@@ -1,0 +1,47 @@
+"""Whether the confs that results came from are those that are there now."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from mvqkd.errors import RecipeError
+from mvqkd.experiments.plan import PlannedStep, plan_of
+
+
+def conf_digests(command: str) -> dict[str, str]:
+    """By the name of each student that ``command``, a call of run.sh, trains and decodes: a hash of
+    what its conf files say, and those of the steps before students; comments are no part of it.
+
+    Unlike a stamp it is the same on every host. Empty where run.sh refuses the call.
+    """
+    try:
+        steps = plan_of(shlex.split(command))
+    except (RecipeError, OSError):
+        return {}
+    shared = [s for s in steps if not s.name.startswith(("student-", "decode-", "report"))]
+    students = [s.name.removeprefix("student-") for s in steps if s.name.startswith("student-")]
+    return {
+        name: _digest([*shared, *(s for s in steps if s.name in _steps_of(name))])
+        for name in students
+    }
+
+
+def _steps_of(student: str) -> tuple[str, str]:
+    return f"student-{student}", f"decode-{student}"
+
+
+def _digest(steps: Sequence[PlannedStep]) -> str:
+    digest = hashlib.sha256()
+    for step in steps:
+        for option, path in itertools.pairwise(step.words):
+            if option == "--config":
+                content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+                digest.update(json.dumps(content, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,129 @@
+"""What run.sh would run for the cells of grids, by its own ``--dry-run true``."""
+
+import pytest
+
+from mvqkd import cli
+from mvqkd.errors import RecipeError
+from mvqkd.experiments.grid import (
+    GridSettings,
+    RunOptions,
+    places_of,
+    run_command,
+    students_of,
+    write_confs,
+)
+from mvqkd.experiments.plan import plan_of
+from mvqkd.experiments.runner import estimate, steps_to_do
+from tests.recipe_copy import copy_checkout, error_line, run_sh
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return copy_checkout(tmp_path_factory.mktemp("calls") / "recipe")
+
+
+@pytest.fixture
+def here(recipe, monkeypatch):
+    monkeypatch.chdir(recipe)
+    for name in ("PET_NNODES", "PET_NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return recipe
+
+
+def values_after(step, option):
+    words = step.words
+    return [words[n + 1] for n, word in enumerate(words) if word == option]
+
+
+def commands(*options):
+    return {step.name: step for step in plan_of(["./run.sh", *options])}
+
+
+def test_options_reach_the_steps_of_librispeech(here):
+    path = "egs/librispeech-100/conf/grids/kinds.yaml"
+    grid = cli.parse(GridSettings, ["--config", path])[0]
+    places = places_of(grid)
+    write_confs(grid, places)
+    options = RunOptions("cuda", "copy", "musan", "", "folder", 2)
+    (student,) = [s for s in students_of(grid) if s.cell_name == "streaming-mvq-l2"]
+    plan = {step.name: step for step in plan_of(run_command(grid, places, [student], options))}
+    assert values_after(plan["corpus"], "--dl_dir") == [f"{here}/copy"]
+    assert values_after(plan["noise"], "--dl_dir") == [f"{here}/musan"]
+    assert values_after(plan["teacher"], "--teacher") == [f"{here}/folder"]
+    training = plan["student-streaming-mvq-l2-seed42"]
+    assert values_after(training, "--nproc-per-node") == ["2"]
+    assert values_after(training, "--device") == ["cuda"]
+    assert values_after(training, "--config")[-2:] == [
+        "conf/distillation/mvq-l2.yaml",
+        "exp/librispeech-100/grids/conf/seeds/42.yaml",
+    ]
+    decoding = plan["decode-streaming-mvq-l2-seed42"]
+    assert "conf/decoding/left64-chunk16-right9.yaml" in values_after(decoding, "--config")
+    assert "report" not in plan and not any(step.done for step in plan.values())
+
+    to_do = steps_to_do(grid, places, options)
+    assert {"labels-mvq", "labels-floats"} <= to_do
+    left = estimate(grid, places, 1, to_do)
+    assert left.in_words(11, "") == (
+        "0 of 11 students are done; the time of the other 11: not measured"
+    )
+
+
+def test_labels_of_the_pool_go_to_distilled_students(here):
+    plan = commands("--untranscribed-parts", "train-clean-360 train-other-500")
+    folder = "data/mini-small/untranscribed"
+    for part in ("train-clean-360", "train-other-500"):
+        features = plan[f"more-features-{part}"]
+        assert values_after(features, "--manifests_dir") == ["data/mini-small/manifests"]
+        assert values_after(features, "--train_parts") == ["[]"]
+        labels = plan[f"more-labels-mvq-{part}"]
+        assert values_after(labels, "--train_manifest") == [f"{folder}/fbank/{part}.jsonl.gz"]
+        assert values_after(labels, "--out") == [f"{folder}/labels/mvq/{part}/cuts.jsonl.gz"]
+    names = [name for name in plan if name.startswith("student-")]
+    assert names[:3] == [
+        "student-none", "student-mvq-and-untranscribed", "student-mvq-l2-and-untranscribed"
+    ]  # fmt: skip
+    assert values_after(plan[names[0]], "--untranscribed_manifests") == []
+    paths = [
+        f"{folder}/labels/mvq/{p}/cuts.jsonl.gz" for p in ("train-clean-360", "train-other-500")
+    ]
+    assert values_after(plan[names[1]], "--untranscribed_manifests") == [f"[{','.join(paths)}]"]
+    command = values_after(plan["report"], "--command")[0]
+    assert '--untranscribed-parts "train-clean-360 train-other-500"' in command
+    # All else is as without them.
+    plain = commands()
+    assert "student-mvq" in plain and "untranscribed" not in str(plain)
+    same = [name for name in plain if name in plan and name != "report"]
+    assert "labels-mvq" in same and all(plan[name] == plain[name] for name in same)
+
+
+def test_parts_that_are_fetched_only_when_asked_for(here):
+    plan = commands("--corpus", "librispeech-100", "--untranscribed-parts", "train-clean-360")
+    fetched = plan["more-corpus-train-clean-360"]
+    assert values_after(fetched, "--parts") == ["[train-clean-360]"]
+    folder = "data/librispeech-100/untranscribed"
+    manifests = plan["more-manifests-train-clean-360"]
+    assert values_after(manifests, "--corpus_dir") == [f"{folder}/corpus/train-clean-360"]
+    features = plan["more-features-train-clean-360"]
+    assert values_after(features, "--manifests_dir") == [f"{folder}/manifests"]
+
+
+def test_unknown_part_is_refused(here):
+    with pytest.raises(
+        RecipeError, match="--untranscribed-parts dev-clean: is none of corpus mini"
+    ):
+        plan_of(["./run.sh", "--untranscribed-parts", "dev-clean"])
+    published = ["--corpus", "librispeech-100", "--use-extracted-codebook", "true"]
+    done = run_sh(here, *published, "--untranscribed-parts", "train-clean-360")
+    assert "published indexes are of the training parts alone" in error_line(done)
+
+
+def test_dry_run_of_students_side_by_side(here):
+    totals = {}
+    for device in ("cpu", "cuda"):
+        done = run_sh(here, "--num-jobs", "2", "--device", device, "--dry-run", "true")
+        lines = done.stdout.splitlines()
+        totals[device] = next(line for line in lines if " steps to do: " in line)
+        assert any("GPU-hours" in line for line in lines) == (device == "cuda")
+    assert totals["cpu"].endswith("; 2 students at once")
+    assert totals["cuda"].endswith(", GPU-hours not measured")
