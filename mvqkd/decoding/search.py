@@ -497,10 +497,10 @@ class FastBeamSearch(_Search):
 
 
 def greedy_search_batch(
-    model: nn.Module, encoder_out_BTC: Tensor, encoder_lens_B: Tensor
+    model: nn.Module, encoder_out_BTC: Tensor, encoder_lens_B: Tensor, max_sym_per_frame: int = 1
 ) -> list[Hypothesis]:
     """Greedy search over whole utterances; see `GreedySearch`."""
-    search = GreedySearch(model)
+    search = GreedySearch(model, max_sym_per_frame)
     search.step(encoder_out_BTC, encoder_lens_B)
     return search.finish()
 

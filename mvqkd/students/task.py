@@ -116,8 +116,9 @@ class StudentTask:
                 output = self._forward(batch.features_BTF.to(self._device), batch, warmup=1.0)
                 pruned += output.pruned_loss_B.sum().item()
                 frames += int(output.encoder_lens_B.sum())
+                # As many tokens a frame as it will: one would hide what the student has learned.
                 found = greedy_search_batch(
-                    self.model, output.encoder_out_BTC, output.encoder_lens_B
+                    self.model, output.encoder_out_BTC, output.encoder_lens_B, max_sym_per_frame=4
                 )
                 for name, text, hypothesis in zip(batch.ids, batch.texts, found):
                     words = self._tokens.decode(hypothesis.tokens).split()
