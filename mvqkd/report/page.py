@@ -104,7 +104,7 @@ class TimedWord:
     kind: str
     text: str
     start: float  # seconds
-    low: bool  # in a second line, where it would lie on the word before
+    line: int  # from 0: the first in which it lies on no other word
 
 
 @dataclass
@@ -153,12 +153,14 @@ def _timed(
     recognised = [piece for piece in pieces if piece.hyp is not None]
     if not times or not seconds or len(times) != len(recognised):
         return None
-    words, ends = [], [0.0, 0.0]
+    words: list[TimedWord] = []
+    ends: list[float] = []  # of the lines
     for piece, (start, _) in zip(recognised, times):
         start = min(max(0.0, start), seconds)
-        low = start < ends[0] and ends[1] < ends[0]
-        ends[low] = start + _MARGIN_SECONDS + _LETTER_SECONDS * len(piece.hyp)
-        words.append(TimedWord(piece.kind, piece.hyp, round(start, 2), low))
+        end = start + _MARGIN_SECONDS + _LETTER_SECONDS * len(piece.hyp)
+        line = next((n for n, taken in enumerate(ends) if taken <= start), len(ends))
+        ends[line : line + 1] = [end]
+        words.append(TimedWord(piece.kind, piece.hyp, round(start, 2), line))
     return words
 
 

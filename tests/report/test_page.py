@@ -152,8 +152,9 @@ def test_everything_is_there(report, cuts, tmp_path):
     assert all(p["src"].startswith("data:image/webp;base64,UklGR") for p in pictures)
     assert sounds[0]["src"].startswith("data:audio/mpeg;base64,")
     # The second word would lie on the first.
-    words = [(a["style"], a.get("class")) for a in page.all("li") if "style" in a]
-    assert words == [("--t:0.0", None), ("--t:0.1", "low correct"), ("--t:0.4", None)]
+    words = [a["style"] for a in page.all("li") if "style" in a]
+    assert words == ["--t:0.0", "--t:0.1;--line:1", "--t:0.4"]
+    assert [a["style"] for a in page.all("ol", **{"class": "track"})] == ["--lines:2"]
 
 
 def test_nothing_is_fetched_and_links_lead_somewhere(report, cuts):
