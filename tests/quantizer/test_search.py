@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from multi_quantization import Quantizer as PeerQuantizer
 
+from benchmarks.quantizer.encode_rate import frames_like_embeddings
+from mvqkd.quantizer import QuantizerSettings, train_quantizer
 from mvqkd.quantizer.quantizer import Quantizer
 from mvqkd.quantizer.search import SearchTables, num_candidates
 from mvqkd.quantizer.search_cpu import _compiled
@@ -84,6 +87,21 @@ def test_indexes_of_a_thousand_frames_are_the_peers(num_codebooks):
         _equal_but_for_ties(ours, x, found, expected)
         same = (ours.encode(x, rounds, as_bytes=False) == expected).all(dim=1)
         assert same.float().mean() >= 0.999
+
+
+def test_indexes_at_the_papers_size_are_the_peers():
+    # Of codebooks that were trained, the search has other choices than of random ones.
+    frames = frames_like_embeddings(1064, torch.Generator().manual_seed(3))
+    settings = QuantizerSettings(lsq_iters=0, logits_iters=5)
+    ours = train_quantizer(frames[:1024], settings, progress=None)
+    peer = PeerQuantizer(ours.dim, ours.codebook_size, ours.num_codebooks)
+    peer.load_state_dict(ours.state_dict())
+    x = frames[1024:]
+    expected = peer._compute_indexes(x, 0)
+    for rounds in range(6):
+        if rounds:
+            expected = peer._refine_indexes(x, expected)
+        _equal_but_for_ties(ours, x, ours.encode(x, rounds, as_bytes=False), expected)
 
 
 @pytest.mark.parametrize("num_codebooks,codebook_size", [(2, 256), (8, 16), (4, 256)])
