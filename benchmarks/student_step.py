@@ -11,8 +11,9 @@ Matrix products and convolutions are counted as they run (2 for a multiplication
 forward and backward; the matrix rate is that of one large square product in the row's precision.
 
 FOLDER holds the model code of icefall's ``pruned_transducer_stateless6`` (conformer.py, decoder.py,
-encoder_interface.py, joiner.py, model.py, optim.py, scaling.py). Where k2 does not import, it gets
-the losses of `mvqkd.losses` under k2's names: the rest of the step is what is compared then.
+encoder_interface.py, joiner.py, model.py, optim.py, scaling.py). Where k2 or multi_quantization
+does not import, it gets the losses of `mvqkd.losses` under their names: the rest of the step is
+what is compared then.
 """
 
 from __future__ import annotations
@@ -38,9 +39,14 @@ from benchmarks.processes import alternating, peak_bytes
 from mvqkd import cli
 from mvqkd.device import describe_device, pick_device
 from mvqkd.errors import RecipeError
-from mvqkd.losses import JointCodebookLoss, rnnt
+from mvqkd.losses import rnnt
 from mvqkd.students.task import SIMPLE_LOSS_SCALE
 from mvqkd.training.optim import Eve
+
+try:
+    from multi_quantization.prediction import JointCodebookLoss
+except ImportError:
+    from mvqkd.losses import JointCodebookLoss
 
 # Rows of `benchmarks.distillation`; the published code has the first two.
 KINDS = ("none", "mvq", "mvq-l2")
@@ -122,7 +128,7 @@ STAND_INS = {
             *("do_rnnt_pruning", "rnnt_loss_pruned"),
         )
     },
-    "icefall": {},
+    "icefall": {"is_module_available": lambda *names: True},
     "icefall.utils": {
         "add_sos": lambda ragged, sos_id: Ragged(
             [[sos_id, *row] for row in ragged.rows], ragged._device
@@ -132,7 +138,6 @@ STAND_INS = {
         "subsequent_chunk_mask": None,
     },
     "multi_quantization": {},
-    "multi_quantization.prediction": {"JointCodebookLoss": CodebookLoss},
 }
 
 
@@ -149,6 +154,9 @@ def import_peer(folder: Path) -> SimpleNamespace:
         except (ImportError, OSError):
             sys.modules[package] = types.ModuleType(package)
             vars(sys.modules[package]).update(members)
+    prediction = types.ModuleType("multi_quantization.prediction")
+    prediction.JointCodebookLoss = CodebookLoss
+    sys.modules[prediction.__name__] = prediction
     sys.path.insert(0, str(folder))
     names = ("k2", *PEER_FILES)
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
