@@ -79,6 +79,9 @@ if [[ -z $labels ]]; then
     labels=mvq
     [[ $use_extracted_codebook == false ]] || labels=published
 fi
+# Rates of costs.yaml that are of another teacher than this call's.
+unmeasured=""
+[[ -z $teacher$teacher_dir ]] || unmeasured="teacher verify-teacher embeddings labels"
 . local/recipe.sh
 [[ $use_extracted_codebook == false ]] || teacher=""
 . ./path.sh
@@ -110,6 +113,10 @@ while read -r student confs; do
     student_confs[$student]=$confs
     student_names+=("$student")
 done <"$students_file"
+if ((stage > stop_stage || stage > 9)); then
+    echo "$0: --stage $stage --stop-stage $stop_stage: no stage is of both; there are 0 to 9" >&2
+    exit 1
+fi
 if ((num_jobs < 1 || num_workers < 1 || num_gpus < 1)); then
     echo "$0: --num-jobs $num_jobs, --num-workers $num_workers, --num-gpus $num_gpus:" \
         "give at least 1 of each" >&2
@@ -140,9 +147,18 @@ for student in "${student_names[@]}"; do
     check_confs "$students_file: student $student: " ${student_confs[$student]}
 done
 [[ -z $decoding ]] || check_confs "--decoding $decoding: " "decoding/$decoding"
+while IFS= read -r file; do
+    # Of a name that nothing else has, and no student asks for.
+    if [[ " ${student_confs[*]} decoding/$decoding " != *" ${file%.yaml} "* &&
+        -z $(recipe_file "$file") ]]; then
+        echo "$0: --overlay $overlay: no step reads $file; name it as a file of conf/" >&2
+        exit 1
+    fi
+done < <([[ -z $overlay ]] || find "$overlay" -name '*.yaml' -printf '%P\n')
 
 # One that is made here is the embedded one.
 [[ $train_teacher == false ]] || teacher=""
+[[ -n $teacher ]] || unmeasured=teacher
 teacher_conf=teacher/${teacher:-mini}
 if [[ ! -f conf/$teacher_conf.yaml ]]; then
     known_teachers=$(cd conf/teacher && echo *.yaml)
@@ -187,6 +203,8 @@ invocation() {
         "${published}${files}${students:+--students \"$students\" }--train-teacher" \
         "$train_teacher${pretraining}${gpus_option}"
 }
+
+[[ $dry_run == true ]] || check_plan "$@"
 
 manifests() {
     local part paths=()

@@ -172,9 +172,26 @@ show_plan() {
     $own_plan || return 0
     local gpu=false
     ! takes_gpu || gpu=true
-    # shellcheck disable=SC2046
-    python3 local/dry_run.py $(conf costs) --plan "$mvqkd_plan" --num_jobs "${at_once:-1}" --gpu "$gpu"
+    # shellcheck disable=SC2046,SC2086
+    python3 local/dry_run.py $(conf costs) --plan "$mvqkd_plan" --num_jobs "${at_once:-1}" \
+        --gpu "$gpu" --unmeasured "$(list ${unmeasured:-})"
     rm "$mvqkd_plan"
+}
+
+# check_plan OPTION...: that the steps which this script would run with these options take their
+# confs, so that a mistake in the last one's is told before the first has run.
+check_plan() {
+    local plan said status=0
+    [[ ${PET_NODE_RANK:-0} == 0 ]] || return 0
+    plan=$(mktemp)
+    said=$(cd "$caller" && mvqkd_plan=$plan bash "$0" "$@" --dry-run true 2>&1) || status=$?
+    if ((status > 0)); then
+        echo "${said##*$'\n'}" >&2
+    elif grep -q '^[^ ]* todo ' "$plan"; then
+        python3 local/check_plan.py --plan "$plan" || status=$?
+    fi
+    rm -f "$plan"
+    return "$status"
 }
 
 _plan() {

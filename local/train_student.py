@@ -53,6 +53,19 @@ class Settings:
     distillation: DistillationSettings = field(default_factory=DistillationSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
+    def __post_init__(self) -> None:
+        """
+        Raises:
+          RecipeError: a term of the distillation is on a layer that the student has not.
+        """
+        last = self.model.encoder.num_encoder_layers
+        self.model.encoder.middle_output_layers = self.distillation.layers()
+        for layer in self.distillation.layers():
+            if not 1 <= layer <= last:
+                raise RecipeError(
+                    f"distillation.layer: {layer} is no layer of the student; choose 1 to {last}"
+                )
+
 
 def log_beside(exp_dir: Path) -> None:
     """Name the student in each line, and keep the lines in ``train.log``: others train beside."""
@@ -118,7 +131,6 @@ def main(settings: Settings) -> None:
         unread = (cut.drop_supervisions() for cut in of_duration(read_cuts(path), *durations))
         train_cuts = CutSet.from_cuts([*train_cuts, *unread])
     settings.model.vocab_size = len(tokens)
-    settings.model.encoder.middle_output_layers = settings.distillation.layers()
     if settings.data.max_untranscribed > 0 and settings.distillation.kind != "none":
         check_untranscribed(train_cuts)
     torch.manual_seed(settings.training.seed)

@@ -36,10 +36,13 @@ from mvqkd.errors import RecipeError, reason_of
 T = TypeVar("T")
 
 
-def parse(settings_class: type[T], args: Sequence[str] | None = None) -> tuple[T, bool]:
+def parse(
+    settings_class: type[T], args: Sequence[str] | None = None, script: str | None = None
+) -> tuple[T, bool]:
     """Read ``args`` (default: the command line) into ``settings_class``.
 
-    Returns the settings and whether ``--debug`` was given.
+    Returns the settings and whether ``--debug`` was given. ``script`` is whose options they are,
+    by default of the one that runs.
 
     Raises:
       RecipeError: an unknown or missing key, or a value of the wrong type.
@@ -59,7 +62,8 @@ def parse(settings_class: type[T], args: Sequence[str] | None = None) -> tuple[T
         namespace = parser.parse_args(args)
     except ArgumentError as error:
         where = _conf_file_at_fault(parser, sys.argv[1:] if args is None else args, str(error))
-        raise RecipeError(f"{where}{_one_line(str(error))}; --help lists the options") from error
+        remedy = f"{script or sys.argv[0]} --help lists the options"
+        raise RecipeError(f"{where}{_one_line(str(error))}; {remedy}") from error
     debug = namespace.pop("debug")
     namespace.pop("config")
     values = parser.instantiate(namespace)

@@ -204,13 +204,12 @@ def test_ended_by_a_signal_it_leaves_no_process(copy, number):
 
 
 def test_one_failing_student_ends_the_others(copy):
-    conf = copy / "egs/mini/conf/smoke/distillation/mvq.yaml"
-    conf.write_text(conf.read_text() + "  sclae: 1\n")
+    other_quantizer(copy)
     shutil.rmtree(copy / "exp/mini-smoke/none")
     process = start(copy, *ARGS, "--stage", "6", "--students", "none mvq")
     output, _ = process.communicate()
     assert process.returncode != 0
-    assert "student-mvq: failed" in output and "sclae" in output
+    assert "student-mvq: failed" in output and "its labels were made by" in output
     assert "decode-none: begins" not in output and "Traceback" not in output
     assert processes_in(process.pid) == []
 
@@ -269,6 +268,8 @@ def test_help(finished):
             ("--corpus", "librispeech-100", "--train-teacher", "true"),
             "conf/teacher-training.yaml: no such file",
         ),
+        ((*ARGS, "--stage", "10"), "--stage 10 --stop-stage 9: no stage is of both"),
+        ((*ARGS, "--stage", "3", "--stop-stage", "2"), "no stage is of both; there are 0 to 9"),
         ((*ARGS, "--num-jobs", "0"), "give at least 1"),
         ((*ARGS, "--num-gpus", "0"), "give at least 1"),
         ((*ARGS, "--device", "tpu"), "'tpu' is none of auto, cpu, cuda"),
@@ -278,6 +279,26 @@ def test_bad_option_changes_nothing(finished, args, message):
     folder, _ = finished
     before = files_under(folder / "data", folder / "exp")
     assert message in error_line(run_sh(folder, *args))
+    assert files_under(folder / "data", folder / "exp") == before
+
+
+@pytest.mark.parametrize(
+    ("conf", "message"),
+    [
+        # Found before stage 3, which would be the first to run.
+        ("decoding.yaml", "step decode-none: {overlay}/decoding.yaml: "),
+        ("decodin.yaml", "--overlay {overlay}: no step reads decodin.yaml; name it as"),
+        ("distillation/mvq.yaml", "step student-mvq: distillation.layer: 99 is no layer"),
+    ],
+)
+def test_mistakes_in_confs_are_told_before_anything_runs(finished, tmp_path, conf, message):
+    folder, _ = finished
+    (tmp_path / "distillation").mkdir()
+    (tmp_path / conf).write_text("distillation: {layer: 99}\n")
+    (tmp_path / "sample.yaml").write_text("sample: {num_utterances: 5}\n")
+    before = files_under(folder / "data", folder / "exp")
+    line = error_line(run_sh(folder, *ARGS, "--overlay", str(tmp_path)))
+    assert message.format(overlay=tmp_path) in line
     assert files_under(folder / "data", folder / "exp") == before
 
 

@@ -168,7 +168,9 @@ def stage_one(tmp_path):
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        return begun_steps(done), [line.split() for line in seen.read_text().splitlines()]
+        seen_words = [line.split() for line in seen.read_text().splitlines()]
+        steps = [words for words in seen_words if words[0] != "local/check_plan.py"]
+        return begun_steps(done), steps
 
     run.folder = folder
     return run
