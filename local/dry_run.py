@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mvqkd import cli
@@ -19,9 +19,13 @@ class Settings(CostSettings):
     num_jobs: int = 1
     # Whether there is a GPU that the steps would take.
     gpu: bool = False
+    # Steps whose rates are of others than these.
+    unmeasured: list[str] = field(default_factory=list)
 
 
 def main(settings: Settings) -> None:
+    for name in settings.unmeasured:
+        settings.steps.pop(name, None)
     device = "cuda" if settings.gpu else "cpu"
     print(plan_text(settings.plan.read_text(), settings, settings.num_jobs, device), end="")
 
