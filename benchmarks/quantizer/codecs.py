@@ -157,6 +157,8 @@ def codecs(peer_steps: int) -> dict[str, Trainer]:
         "ours, beam 16": partial(_ours, rounds=0, beam=16, lsq_iters=3, lsq_pull=3.0),
         "ours, beam 16, 1 round": partial(_ours, rounds=1, beam=16, lsq_iters=3, lsq_pull=3.0),
     }
+    annealed = {"lsq_iters": 50, "lsq_noise": 1.0, "beam": 16, "restarts": 4}
+    found["ours, annealed, beam 16, 3 rounds, 4 restarts"] = partial(_ours, rounds=3, **annealed)
     if peer_steps:
         steps = partial(_peer, steps=peer_steps)
         found[f"{PEER}, {peer_steps} + {peer_steps} steps"] = steps

@@ -11,6 +11,7 @@ K entries per codebook.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -28,8 +29,8 @@ from mvqkd.quantizer.search import SearchTables
 # The scales are learned as scale = exp(10 * parameter): a higher learning rate for them.
 _SCALE_SPEED = 10.0
 
-# Of the hypotheses of a beam search.
-MAX_BEAM = 256
+# Of the hypotheses of a beam search, and of restarts.
+MAX_BEAM, MAX_RESTARTS = 256, 64
 
 _STATE_KEYS = (
     "to_logits.weight",
@@ -98,6 +99,8 @@ class Quantizer(nn.Module):
         # Hypotheses of the beam search that finds the first indexes; 0: the linear layer does. It
         # is no weight, as the authors' package would not load a file that has it.
         self.beam = 0
+        # Restarts of the search after its rounds (`mvqkd.quantizer.search`).
+        self.restarts = 0
         self._tables: SearchTables | None = None
         self._tables_key: tuple | None = None
 
@@ -109,31 +112,34 @@ class Quantizer(nn.Module):
         return bytes(self.id_buf.tolist()).decode()
 
     def set_id_from_weights(self) -> None:
-        """Name the quantizer by its weights and its `beam`, so that equal training gives an equal
-        name."""
+        """Name the quantizer by its weights, `beam` and `restarts`, so that equal training gives an
+        equal name."""
         name = self.weights_sha256()[:8].encode()
         self.id_buf.copy_(torch.tensor(list(name), dtype=torch.uint8))
 
     def weights_sha256(self) -> str:
         """SHA-256 of all weights (name, shape and float32 bytes), the id left out, and of `beam`
-        unless it is 0: all that the indexes of a frame depend on."""
-        return self._sha256_with(self.beam, self._weights_digest())
+        and `restarts` unless they are 0: all that the indexes of a frame depend on."""
+        return self._sha256_with(self.beam, self.restarts, self._weights_digest())
 
     @staticmethod
-    def _sha256_with(beam: int, digest: hashlib._Hash) -> str:
-        if beam:
-            digest = digest.copy()
-            digest.update(f"beam {beam}\n".encode())
+    def _sha256_with(beam: int, restarts: int, digest: hashlib._Hash) -> str:
+        digest = digest.copy()
+        for name, value in (("beam", beam), ("restarts", restarts)):
+            if value:
+                digest.update(f"{name} {value}\n".encode())
         return digest.hexdigest()
 
-    def set_beam_from_id(self) -> None:
-        """Take the `beam` for which `set_id_from_weights` gave the quantizer its id; 0 where it
-        was named otherwise, as the authors' package does."""
+    def set_search_from_id(self) -> None:
+        """Take the `beam` and `restarts` for which `set_id_from_weights` gave the quantizer its id;
+        0 where it was named otherwise, as the authors' package does."""
         digest = self._weights_digest()
         named = (
-            b for b in range(MAX_BEAM + 1) if self._sha256_with(b, digest)[:8] == self.get_id()
+            search
+            for search in itertools.product(range(MAX_BEAM + 1), range(MAX_RESTARTS + 1))
+            if self._sha256_with(*search, digest)[:8] == self.get_id()
         )
-        self.beam = next(named, 0)
+        self.beam, self.restarts = next(named, (0, 0))
 
     def _weights_digest(self) -> hashlib._Hash:
         digest = hashlib.sha256()
@@ -221,7 +227,7 @@ class Quantizer(nn.Module):
             # freed large ones, and the heap would grow with the number of chunks.
             for x_bD, codes_bn in zip(x_BD.split(size), codes_Bn.split(size)):
                 if self.beam > 0:
-                    indexes_bN = tables.beam(x_bD.float(), self.beam, rounds)
+                    indexes_bN = tables.beam(x_bD.float(), self.beam, rounds, self.restarts)
                     codes_bn.copy_(self._pack(indexes_bN, codes_bn.shape[1]))
                     continue
                 logits_bNK = self._logits(x_bD.to(self.centers.dtype)).unflatten(
@@ -229,7 +235,7 @@ class Quantizer(nn.Module):
                 )
                 first_bN = logits_bNK.argmax(dim=2)
                 del logits_bNK
-                indexes_bN = tables.refine(x_bD.float(), first_bN, rounds)
+                indexes_bN = tables.refine(x_bD.float(), first_bN, rounds, self.restarts)
                 codes_bn.copy_(self._pack(indexes_bN, codes_bn.shape[1]))
         return codes_Bn
 
@@ -239,7 +245,7 @@ class Quantizer(nn.Module):
         Args:
           x: (*, D) of any floating type; memory beyond input and output is bounded.
           refine_indexes_iters: rounds of refinement after the first guess, which is the linear
-            layer's, or that of a beam search (``beam``).
+            layer's, or that of a beam search (``beam``); restarts follow (``restarts``).
           as_bytes: put as many indexes into a byte as fit (one for K = 256, two for K = 16).
         Returns:
           int64 (*, N), or uint8 (*, bytes per frame) if ``as_bytes``.
@@ -324,10 +330,11 @@ class Quantizer(nn.Module):
             tables = self._make_tables() if in_training else self.search_tables()
             with torch.autocast(x_BD.device.type, enabled=False):
                 x_BD_float = x_BD.detach().float()
+                search = refine_indexes_iters, self.restarts
                 if self.beam > 0:
-                    indexes_BN = tables.beam(x_BD_float, self.beam, refine_indexes_iters)
+                    indexes_BN = tables.beam(x_BD_float, self.beam, *search)
                 else:
-                    indexes_BN = tables.refine(x_BD_float, indexes_BN, refine_indexes_iters)
+                    indexes_BN = tables.refine(x_BD_float, indexes_BN, *search)
         error_BD = self._sum_of_centers(indexes_BN) - x_BD
         total = ((x_BD - self.get_data_mean()) ** 2).sum() + 1.0e-20
         reconstruction_loss = (error_BD**2).sum() / total
@@ -375,7 +382,7 @@ def save_quantizer(path: Path | str, quantizer: Quantizer, meta: dict[str, Any])
 
     ``path`` is a torch file that ``multi_quantization.Quantizer`` loads too. The sidecar holds
     ``meta`` (``teacher``, ``layer``, ``mean`` and ``std`` of the training frames ...: JSON values
-    or 1-dim tensors), and the quantizer's id, SHA-256, D, N, K and beam.
+    or 1-dim tensors), and the quantizer's id, SHA-256, D, N, K, beam and restarts.
     """
     path = Path(path)
     with written_aside(path) as aside:
@@ -395,10 +402,10 @@ def load_quantizer(path: Path | str) -> tuple[Quantizer, dict[str, Any]]:
       the quantizer on the CPU in eval mode, and the sidecar's values, with ``mean`` and ``std``
       as float32 tensors (D,). A file without a sidecar, as ``multi_quantization`` leaves, gives
       only what the weights and the id tell: ``quantizer_id``, ``sha256``, ``dim``,
-      ``num_codebooks``, ``codebook_size``, ``beam``.
+      ``num_codebooks``, ``codebook_size``, ``beam``, ``restarts``.
     Raises:
       RecipeError: a file that is missing, damaged, cut short or no quantizer, or a sidecar of
-      other weights or another beam.
+      other weights or another search.
     """
     path = Path(path)
     remake = "train the quantizer again (stage 4) or copy the file again"
@@ -413,18 +420,19 @@ def load_quantizer(path: Path | str) -> tuple[Quantizer, dict[str, Any]]:
     quantizer = _from_state(path, state, remake)
     sidecar = _sidecar(path)
     if not sidecar.exists():
-        quantizer.set_beam_from_id()
+        quantizer.set_search_from_id()
         return quantizer, _own_facts(quantizer)
     try:
         meta = json.loads(sidecar.read_text())
         sha256 = str(meta["sha256"])
         quantizer.beam = int(meta.get("beam", 0))
+        quantizer.restarts = int(meta.get("restarts", 0))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(f"{sidecar}: damaged or cut short; {remake}") from error
     facts = _own_facts(quantizer)
     if sha256 != facts["sha256"]:
         raise RecipeError(
-            f"{path}: weights and beam hash to {facts['sha256'][:12]}, but {sidecar.name} was "
+            f"{path}: weights and search hash to {facts['sha256'][:12]}, but {sidecar.name} was "
             f"written for {sha256[:12]}; {remake}, both files together"
         )
     for name in ("mean", "std"):
@@ -445,6 +453,7 @@ def _own_facts(quantizer: Quantizer) -> dict[str, Any]:
         "num_codebooks": quantizer.num_codebooks,
         "codebook_size": quantizer.codebook_size,
         "beam": quantizer.beam,
+        "restarts": quantizer.restarts,
     }
 
 

@@ -14,6 +14,12 @@ A round takes a frame's current entry of each codebook and:
 
 The result depends on the current entries alone, so a frame that a round leaves as it was is done.
 
+**Restarts**, ours: a round moves each codebook to one of its 16 best entries, and may end where
+only worse ones lead on. A restart replaces the entries of two codebooks, searches on from there,
+and keeps what it finds if the error is lower (iterated local search, as in Martinez et al.,
+"LSQ++", ECCV 2018). Which two, and by which entries, is the same for every frame, so that the
+indexes of a frame depend on nothing else. A quantizer has none unless it was trained for them.
+
 **Tables.** With e_n the chosen center of codebook n, half the squared error is, up to a constant,
 sum_n (|e_n|²/2 - x·e_n) + sum_{n<m} e_n·e_m: entries of the vector x·centers and of the Gram matrix
 of all centers. A score of step 1 is the first of these terms plus N entries of the Gram matrix. A
@@ -47,6 +53,7 @@ from torch.nn import functional as F
 # Bytes that the search may hold beside its input, output and tables. On the CPU about what the
 # caches hold; a GPU needs more frames at once to be busy.
 _SEARCH_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+_RESTART_ROUNDS = 2
 
 
 def num_candidates(num_combined: int, codebook_size: int) -> int:
@@ -106,24 +113,39 @@ class SearchTables:
         return max(1, budget // bytes_per_frame)
 
     @torch.no_grad()
-    def refine(self, x_BD: Tensor, indexes_BN: Tensor, rounds: int) -> Tensor:
-        """``rounds`` rounds of the search from ``indexes_BN`` (int64); returns int64 (B, N)."""
+    def refine(self, x_BD: Tensor, indexes_BN: Tensor, rounds: int, restarts: int = 0) -> Tensor:
+        """``rounds`` rounds of the search from ``indexes_BN`` (int64), and then, unless there are
+        none, ``restarts``; returns int64 (B, N)."""
         if rounds <= 0:
             return indexes_BN
-        return self._search(x_BD, indexes_BN, rounds, 0)
+        return self._search(x_BD, indexes_BN, rounds, 0, range(restarts))
 
     @torch.no_grad()
-    def beam(self, x_BD: Tensor, width: int, rounds: int) -> Tensor:
-        """``rounds`` rounds of the search from what a beam search finds; int64 (B, N).
+    def restart(self, x_BD: Tensor, indexes_BN: Tensor, number: int, rounds: int) -> Tensor:
+        """A restart from ``indexes_BN``, of ``rounds`` rounds; its number says what it replaces."""
+        return self._search(x_BD, indexes_BN, 0, 0, range(number, number + 1), rounds)
+
+    @torch.no_grad()
+    def beam(self, x_BD: Tensor, width: int, rounds: int, restarts: int = 0) -> Tensor:
+        """``rounds`` rounds of the search and, unless there are none, ``restarts``, from what a
+        beam search finds; int64 (B, N).
 
         The beam search takes the codebooks one after the other and keeps the ``width`` best ways
         to choose entries of those so far. It suits codebooks of which each quantizes what those
         before it left (Chen et al., "Approximate nearest neighbor search by residual vector
         quantization", Sensors 2010), and needs no linear layer.
         """
-        return self._search(x_BD, None, rounds, width)
+        return self._search(x_BD, None, rounds, width, range(restarts if rounds > 0 else 0))
 
-    def _search(self, x_BD: Tensor, first_BN: Tensor | None, rounds: int, width: int) -> Tensor:
+    def _search(
+        self,
+        x_BD: Tensor,
+        first_BN: Tensor | None,
+        rounds: int,
+        width: int,
+        restarts: range,
+        restart_rounds: int = _RESTART_ROUNDS,
+    ) -> Tensor:
         on_cpu = x_BD.device.type == "cpu"
         found_BN = torch.empty(len(x_BD), self.num_codebooks, dtype=torch.int64, device=x_BD.device)
         size = self.chunk_frames(width)
@@ -140,11 +162,37 @@ class SearchTables:
                 entries_bN = first_BN[chunk] + self.first_N
             else:
                 entries_bN = (self._beam_compiled if on_cpu else self._beam_torch)(alone_bM, width)
+            refine = self._refine_compiled if on_cpu else self._refine_torch
             if rounds > 0:
-                refine = self._refine_compiled if on_cpu else self._refine_torch
                 entries_bN = refine(alone_bM, entries_bN, rounds)
+            for number in restarts:
+                changed_bN = refine(alone_bM, self._replaced(entries_bN, number), restart_rounds)
+                errors = (self._errors(alone_bM, which) for which in (changed_bN, entries_bN))
+                better_b = torch.lt(*errors)
+                entries_bN = torch.where(better_b[:, None], changed_bN, entries_bN)
             found_BN[chunk] = entries_bN - self.first_N
         return found_BN
+
+    def _replaced(self, entries_BN: Tensor, number: int) -> Tensor:
+        """Rows of the tables with those of two codebooks replaced, as restart ``number`` does."""
+        N, K = self.num_codebooks, self.codebook_size
+        # A multiplicative generator (Park and Miller, 1988): in time all pairs of codebooks and all
+        # entries, in an order without pattern that is the same everywhere.
+        draw = pow(7, number + 1, 2**31 - 1)
+        pairs = [(i, j) for i in range(N) for j in range(i + 1, N)]
+        changed_BN = entries_BN.clone()
+        for n in pairs[draw % len(pairs)]:
+            draw = draw * 16807 % (2**31 - 1)
+            changed_BN[:, n] = n * K + draw % K
+        return changed_BN
+
+    def _errors(self, alone_BM: Tensor, entries_BN: Tensor) -> Tensor:
+        """Half the squared error (B,) of rows of the tables, up to a constant of the frame."""
+        error_B = alone_BM.gather(1, entries_BN).sum(dim=1)
+        for n in range(1, self.num_codebooks):
+            where_Bn = entries_BN[:, n : n + 1] * len(self.gram_MM) + entries_BN[:, :n]
+            error_B += self.gram_MM.view(-1)[where_Bn].sum(dim=1)
+        return error_B
 
     def _beam_compiled(self, alone_BM: Tensor, width: int) -> Tensor:
         from mvqkd.quantizer.search_cpu import beam_entries

@@ -31,7 +31,7 @@ from mvqkd.quantizer.frames import (
     random_rows,
     require_frames,
 )
-from mvqkd.quantizer.quantizer import MAX_BEAM, Quantizer, require_power_of_two
+from mvqkd.quantizer.quantizer import MAX_BEAM, MAX_RESTARTS, Quantizer, require_power_of_two
 
 _ENTROPY_SCALE = 0.01  # of the entropy term in the paper's loss
 _REPORT_ROUNDS = 5  # the RRL is reported for 0 to this many rounds
@@ -63,6 +63,13 @@ class QuantizerSettings:
       beam: hypotheses of a beam search through the codebooks, with which the least-squares trainer
         and the finished quantizer begin, instead of the linear first guess (0). The codebooks then
         start as residual ones.
+      restarts: of the search of the finished quantizer, after its rounds
+        (`mvqkd.quantizer.search`).
+      lsq_noise: for codebooks without order, of lowest RRL: they start from random indexes, and
+        each alternation adds noise to the centers, of this many times an N-th of the deviation of
+        the frames, which falls to nothing with the alternations (some 50). Each goes on from the
+        indexes before by a restart, nothing holds the centers, and ``beam`` and ``restarts`` find
+        their indexes later. 0: none of this; 1 is LSQ++'s.
       logits_iters: steps in which it fits the first guess, ``to_logits``, in the end.
     """
 
@@ -80,6 +87,8 @@ class QuantizerSettings:
     lsq_rounds: int = 1
     lsq_pull: float = 0.3
     beam: int = 0
+    restarts: int = 0
+    lsq_noise: float = 0.0
     logits_iters: int = 100
 
     def __post_init__(self) -> None:
@@ -90,12 +99,20 @@ class QuantizerSettings:
         require_power_of_two(num_codebooks=self.num_codebooks, codebook_size=self.codebook_size)
         if not 0 <= self.beam <= MAX_BEAM:
             raise RecipeError(f"beam: {self.beam} is not in 0..{MAX_BEAM}; 0 is no beam search")
+        if not 0 <= self.restarts <= MAX_RESTARTS:
+            raise RecipeError(f"restarts: {self.restarts} is not in 0..{MAX_RESTARTS}; 0 is none")
+        if self.lsq_noise < 0:
+            raise RecipeError(f"lsq_noise: {self.lsq_noise} is below 0; 0 is none")
         if self.trainer == "paper":
             _sub_size(self.codebook_size)
             if self.beam:
                 raise RecipeError(
                     f"beam: {self.beam} with trainer: paper, whose codebooks have no order for a "
                     "beam search; set trainer: lsq, or beam: 0"
+                )
+            if self.restarts or self.lsq_noise:
+                raise RecipeError(
+                    "restarts, lsq_noise: are of trainer: lsq; set it, or leave them out"
                 )
         elif self.lsq_frames < self.codebook_size:
             raise RecipeError(
@@ -256,6 +273,9 @@ class LeastSquaresTrainer:
     that grow in number, as in FAISS (Douze et al., arXiv 2401.08281), and a beam search takes the
     place of the first guess.
 
+    With ``lsq_noise`` they start from random indexes, and noise that falls with the alternations
+    keeps them from what lies nearest (SR-D of Martinez et al., "LSQ++", ECCV 2018).
+
     Args:
       frames_FD: the frames to use, all of them in each step.
       settings: sizes, ``lsq_*``, ``logits_iters``, ``batch_size`` and ``seed`` are used.
@@ -272,7 +292,9 @@ class LeastSquaresTrainer:
         self.quantizer = Quantizer(
             frames_FD.shape[1], settings.codebook_size, settings.num_codebooks, self._generator
         ).to(device)
-        self.quantizer.beam = settings.beam
+        self.quantizer.beam, self.quantizer.restarts = settings.beam, settings.restarts
+        # Of all frames, where an alternation goes on from those of the one before.
+        self._indexes_FN: Tensor | None = None
         self.cur_iter = 0
 
     @property
@@ -319,6 +341,7 @@ class LeastSquaresTrainer:
             "generator": self._generator.get_state(),
             "quantizer": self.quantizer.state_dict(),
             "optimizer": self._optimizer.state_dict() if hasattr(self, "_optimizer") else None,
+            "indexes": None if self._indexes_FN is None else self._indexes_FN.short(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -326,12 +349,22 @@ class LeastSquaresTrainer:
         self.cur_iter = state["cur_iter"]
         self._generator.set_state(state["generator"])
         self.quantizer.load_state_dict(state["quantizer"])
+        if state["indexes"] is not None:
+            self._indexes_FN = state["indexes"].long().to(self._x_FD.device)
         if state["optimizer"] is not None:
             self._init_optimizer()
             self._optimizer.load_state_dict(state["optimizer"])
 
     @torch.no_grad()
     def _start(self) -> None:
+        if self.settings.lsq_noise > 0:
+            N, K = self.quantizer.centers.shape[:2]
+            size = (len(self._x_FD), N)
+            indexes_FN = torch.randint(K, size, generator=self._generator)
+            self._indexes_FN = indexes_FN.to(self._x_FD.device)
+            self.quantizer.centers_scale.zero_()
+            self._solve(self._indexes_FN)
+            return
         x_FD = self._x_FD[: max(80 * self.settings.codebook_size, 4096)]
         start = self._start_residual if self.settings.beam > 0 else self._start_product
         indexes_FN = start(x_FD)
@@ -415,9 +448,31 @@ class LeastSquaresTrainer:
 
     @torch.no_grad()
     def _alternate(self) -> None:
+        if self._indexes_FN is None:
+            self._solve(self.quantizer.compute_indexes(self._x_FD, self.settings.lsq_rounds))
+            return
+        left = 1.0 - self.cur_iter / self.settings.lsq_iters
+        deviation_D = self._x_FD.std(dim=0) * (
+            self.settings.lsq_noise * left**0.5 / self.quantizer.num_codebooks
+        )
+        noise_NKD = torch.randn(self.quantizer.centers.shape, generator=self._generator)
+        self.quantizer.centers += noise_NKD.to(deviation_D.device) * deviation_D
+        # A better search would find indexes here that an encoder, which has no indexes to go on
+        # from, does not find for other frames.
+        self._indexes_FN = self.quantizer.search_tables().restart(
+            self._x_FD, self._indexes_FN, self.cur_iter, self.settings.lsq_rounds
+        )
+        self._solve(self._indexes_FN)
+
+    def _solve(self, indexes_FN: Tensor) -> None:
+        """The centers of least squares for the indexes of all frames, and the first guess."""
         N, K, D = self.quantizer.centers.shape
         M, x_FD = N * K, self._x_FD
-        indexes_FN = self.quantizer.compute_indexes(x_FD, self.settings.lsq_rounds)
+        held = self.settings.lsq_pull * len(x_FD) / K
+        if self._indexes_FN is not None:
+            # A frame's worth, at zero: only so that an entry without frames has a center.
+            held = 1.0
+            self.quantizer.centers.zero_()
         entries_FN = indexes_FN + torch.arange(0, M, K, device=x_FD.device)
         # Normal equations of the change of the centers: how often each two entries are chosen
         # together, and the sum of what is left of the frames of each.
@@ -429,7 +484,7 @@ class LeastSquaresTrainer:
             both = indexes_FN[:, n : n + 1] * M + entries_FN
             counts_MM[own] = torch.bincount(both.flatten(), minlength=K * M).view(K, M).double()
             sums_MD[own] = _sum_by_entry(indexes_FN[:, n], left_FD, K).double()
-        counts_MM.diagonal().add_(self.settings.lsq_pull * len(x_FD) / K)
+        counts_MM.diagonal().add_(held)
         change_MD = torch.cholesky_solve(sums_MD, torch.linalg.cholesky(counts_MM))
         self.quantizer.centers += change_MD.view(N, K, D).float()
         self._set_discriminant(x_FD, indexes_FN)
@@ -523,7 +578,7 @@ def fold_normalization(quantizer: Quantizer, mean_D: Tensor, deviation: float) -
     weight = quantizer.to_logits.weight * scale / deviation
     folded.to_logits.weight.copy_(weight)
     folded.to_logits.bias.copy_(quantizer.to_logits.bias - weight @ mean_D)
-    folded.beam = quantizer.beam
+    folded.beam, folded.restarts = quantizer.beam, quantizer.restarts
     return folded
 
 

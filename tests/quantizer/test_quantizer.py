@@ -170,21 +170,21 @@ def test_the_hash_sees_every_weight_and_not_the_name():
     assert ours.weights_sha256() != before
 
 
-def test_the_beam_is_part_of_hash_and_name():
+def test_the_search_is_part_of_hash_and_name():
     ours, _ = pair(2)
     hashes, ids = set(), set()
-    for beam in (0, 4, 5):
-        ours.beam = beam
+    for search in ((0, 0), (4, 0), (5, 0), (0, 4), (4, 4)):
+        ours.beam, ours.restarts = search
         ours.set_id_from_weights()
         hashes.add(ours.weights_sha256())
         ids.add(ours.get_id())
-    assert len(hashes) == len(ids) == 3
+    assert len(hashes) == len(ids) == 5
 
 
-@pytest.mark.parametrize("beam", [0, 1, 16])
-def test_a_file_copied_alone_encodes_with_its_beam(tmp_path, beam):
+@pytest.mark.parametrize("beam,restarts", [(0, 0), (1, 0), (16, 0), (0, 64), (256, 2)])
+def test_a_file_copied_alone_encodes_with_its_search(tmp_path, beam, restarts):
     ours, _ = pair(4)
-    ours.beam = beam
+    ours.beam, ours.restarts = beam, restarts
     ours.set_id_from_weights()
     path, copied = tmp_path / "quantizer.pt", tmp_path / "copied.pt"
     save_quantizer(path, ours, {})
@@ -193,13 +193,15 @@ def test_a_file_copied_alone_encodes_with_its_beam(tmp_path, beam):
     for file in (path, copied):
         loaded, meta = load_quantizer(file)
         assert loaded.beam == meta["beam"] == beam
+        assert loaded.restarts == meta["restarts"] == restarts
         assert meta["sha256"] == ours.weights_sha256()
-        assert torch.equal(loaded.encode(x, 0), ours.encode(x, 0))
+        assert torch.equal(loaded.encode(x, 1), ours.encode(x, 1))
     # The authors' package does not know of it, and keeps the name.
     peer = PeerQuantizer(12, 16, 4)
     peer.load_state_dict(torch.load(path, weights_only=True))
     torch.save(peer.state_dict(), copied)
-    assert load_quantizer(copied)[0].beam == beam
+    found = load_quantizer(copied)[0]
+    assert (found.beam, found.restarts) == (beam, restarts)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "other", "shapes", "nan", "missing"])
@@ -236,7 +238,7 @@ def test_sidecar_of_other_weights_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="written for 000000000000"):
         load_quantizer(path)
     sidecar.write_text(json.dumps({**facts, "beam": 8}))
-    with pytest.raises(RecipeError, match="weights and beam hash to"):
+    with pytest.raises(RecipeError, match="weights and search hash to"):
         load_quantizer(path)
     for text in ("{", "[]", json.dumps({**facts, "beam": None})):
         sidecar.write_text(text)

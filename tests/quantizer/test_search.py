@@ -188,11 +188,48 @@ def test_rounds_after_the_beam_search_go_on_from_there(form):
     assert torch.equal(quantizer.encode(x_BD, 2, as_bytes=False), tables.beam(x_BD, 4, rounds=2))
 
 
+def test_restarts_find_lower_errors_whatever_else_is_in_the_batch(form):
+    generator = torch.Generator().manual_seed(2)
+    quantizer = Quantizer(6, 16, 8, generator)
+    x_BD = torch.randn(200, 6, generator=generator)
+    tables = quantizer.search_tables()
+    before_BN = quantizer.encode(x_BD, 3, as_bytes=False)
+    quantizer.restarts = 6
+    after_BN = quantizer.encode(x_BD, 3, as_bytes=False)
+    before_B, after_B = (_squared_error(quantizer, x_BD, i) for i in (before_BN, after_BN))
+    same_B = (after_BN == before_BN).all(dim=1)
+    assert 0 < same_B.sum() < 150
+    assert bool((after_B[~same_B] < before_B[~same_B]).all())
+    assert torch.equal(quantizer.encode(x_BD[7:40], 3, as_bytes=False), after_BN[7:40])
+    # Six, one after the other; and none after a search of no rounds.
+    by_hand_BN = before_BN
+    for number in range(6):
+        by_hand_BN = tables.restart(x_BD, by_hand_BN, number, 2)
+    assert torch.equal(by_hand_BN, after_BN)
+    first_BN = quantizer.encode(x_BD, 0, as_bytes=False)
+    quantizer.restarts = 0
+    assert torch.equal(quantizer.encode(x_BD, 0, as_bytes=False), first_BN)
+
+
+def test_restarts_replace_all_pairs_of_codebooks():
+    tables = Quantizer(6, 16, 4, torch.Generator().manual_seed(2)).search_tables()
+    entries_BN = tables.first_N.long()[None] + 3
+    changed = [tables._replaced(entries_BN, n)[0] - tables.first_N for n in range(64)]
+    assert all(bool(((c >= 0) & (c < 16)).all()) for c in changed)
+    pairs = {tuple((c != 3).nonzero()[:, 0].tolist()) for c in changed}
+    assert {pair for pair in pairs if len(pair) == 2} == {
+        (i, j) for i in range(4) for j in range(i + 1, 4)
+    }
+    assert len(torch.stack(changed).unique()) == 16
+
+
 def test_one_codebook_finds_the_nearest_center():
     ours = Quantizer(6, 16, 1, torch.Generator().manual_seed(0))
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
     nearest = torch.cdist(x, ours.get_centers()[0]).argmin(dim=1)
     assert torch.equal(ours.encode(x, 1, as_bytes=False)[:, 0], nearest)
+    assert torch.equal(ours.encode(x, 1)[:, 0], nearest.to(torch.uint8))
+    ours.restarts = 2
     assert torch.equal(ours.encode(x, 1)[:, 0], nearest.to(torch.uint8))
 
 

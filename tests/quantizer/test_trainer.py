@@ -43,6 +43,7 @@ LSQ = QuantizerSettings(
     lsq_frames=500,
 )
 BEAM = dataclasses.replace(LSQ, beam=4)
+ANNEALED = dataclasses.replace(LSQ, beam=4, lsq_noise=1.0, restarts=2, lsq_iters=8)
 
 
 def _frames(num_frames=600, dim=DIM, seed=0):
@@ -100,7 +101,9 @@ class _KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("settings", [PAPER, LSQ, BEAM], ids=["paper", "lsq", "beam"])
+@pytest.mark.parametrize(
+    "settings", [PAPER, LSQ, BEAM, ANNEALED], ids=["paper", "lsq", "beam", "annealed"]
+)
 @pytest.mark.parametrize("kill_at", [2, 6])
 @pytest.mark.parametrize("pool_frames", [128, 65536])
 def test_a_killed_run_ends_the_same(settings, kill_at, pool_frames, tmp_path, monkeypatch):
@@ -126,6 +129,7 @@ def test_a_killed_run_ends_the_same(settings, kill_at, pool_frames, tmp_path, mo
     assert f"at step {kill_at}" in lines[0]
     assert resumed.weights_sha256() == whole.weights_sha256()
     assert resumed.beam == whole.beam == settings.beam
+    assert resumed.restarts == whole.restarts == settings.restarts
 
 
 def test_least_squares_reconstructs_unseen_frames():
@@ -147,6 +151,19 @@ def test_alternations_improve_residual_codebooks():
     finished = train_quantizer(frames, BEAM, progress=None)
     assert finished.beam == 4
     assert _rrl(finished, frames, mean) < 0.99 * _rrl(started, frames, mean) < 0.5
+
+
+def test_annealing_leads_from_random_indexes_to_good_codebooks():
+    settings = dataclasses.replace(ANNEALED, num_codebooks=4, lsq_frames=3000, logits_iters=0)
+    frames, unseen = _frames(3000, dim=16), _frames(500, dim=16, seed=7)
+    start, end = (
+        _rrl(train_quantizer(frames, kind, progress=None), unseen, frames.mean(dim=0))
+        for kind in (
+            dataclasses.replace(settings, lsq_iters=0),
+            dataclasses.replace(settings, lsq_iters=25),
+        )
+    )
+    assert end < 0.5 * start
 
 
 def test_fitting_the_first_guess_improves_it():
@@ -242,6 +259,9 @@ def test_bad_frames_are_named(monkeypatch):
         (PAPER, {"codebook_size": 32}, "codebook_size: 32 is not a square"),
         (LSQ, {"lsq_frames": 4}, "lsq_frames: 4 frames for 16 entries; set it higher"),
         (LSQ, {"beam": 257}, "beam: 257 is not in 0..256"),
+        (LSQ, {"restarts": 65}, "restarts: 65 is not in 0..64"),
+        (LSQ, {"lsq_noise": -1.0}, "lsq_noise: -1.0 is below 0"),
+        (PAPER, {"restarts": 1}, "restarts, lsq_noise: are of trainer: lsq"),
         (PAPER, {"beam": 16}, "beam: 16 with trainer: paper, .*; set trainer: lsq, or beam: 0"),
     ],
 )
