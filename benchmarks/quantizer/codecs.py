@@ -165,7 +165,8 @@ def codecs(peer_steps: int) -> dict[str, Trainer]:
     return found
 
 
-def _status_kib(field: str) -> int:
+def status_kib(field: str) -> int:
+    """A number of ``/proc/self/status``, such as VmRSS."""
     # getrusage's peak is that of the parent where it is larger.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
@@ -176,7 +177,7 @@ def _measure(
 ) -> None:
     torch.set_num_threads(threads)
     train, unseen = (np.load(path) for path in paths)
-    before = _status_kib("VmRSS")
+    before = status_kib("VmRSS")
     wall, cpu = time.perf_counter(), time.process_time()
     encode, decode = trainer(train, num_bytes, seed)
     train_seconds = time.perf_counter() - wall, time.process_time() - cpu
@@ -184,7 +185,7 @@ def _measure(
     wall, cpu = time.perf_counter(), time.process_time()
     codes = encode(unseen)
     encode_seconds = time.perf_counter() - wall, time.process_time() - cpu
-    grown = _status_kib("VmHWM") - before
+    grown = status_kib("VmHWM") - before
     assert codes.nbytes == num_bytes * len(unseen)
     error = np.square(decode(codes) - unseen, dtype=np.float64).sum()
     total = np.square(unseen - train.mean(axis=0, dtype=np.float64)).sum()

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
-import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 from multi_quantization import Quantizer as PeerQuantizer
 
+from benchmarks.quantizer.codecs import status_kib
 from benchmarks.quantizer.encode_rate import (
     CODEBOOK_SIZE,
     DIM,
@@ -35,18 +35,13 @@ from benchmarks.quantizer.encode_rate import (
 )
 
 
-def _resident_bytes(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s*(\d+) kB", status)[1]) * 1024
-
-
 def peak_growth(call: Callable[[], object]) -> int:
     """Bytes by which resident memory rose at most while ``call`` ran, its result included."""
     ctypes.CDLL(None).malloc_trim(0)  # what is free already is not to be used again unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    before = _resident_bytes("VmRSS")
+    before = status_kib("VmRSS")
     call()
-    return _resident_bytes("VmHWM") - before
+    return 1024 * (status_kib("VmHWM") - before)
 
 
 @torch.no_grad()

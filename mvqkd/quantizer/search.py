@@ -165,11 +165,13 @@ class SearchTables:
             refine = self._refine_compiled if on_cpu else self._refine_torch
             if rounds > 0:
                 entries_bN = refine(alone_bM, entries_bN, rounds)
+            error_b = self._errors(alone_bM, entries_bN) if restarts else None
             for number in restarts:
                 changed_bN = refine(alone_bM, self._replaced(entries_bN, number), restart_rounds)
-                errors = (self._errors(alone_bM, which) for which in (changed_bN, entries_bN))
-                better_b = torch.lt(*errors)
-                entries_bN = torch.where(better_b[:, None], changed_bN, entries_bN)
+                changed_error_b = self._errors(alone_bM, changed_bN)
+                better_b1 = (changed_error_b < error_b)[:, None]
+                entries_bN = torch.where(better_b1, changed_bN, entries_bN)
+                error_b = torch.minimum(changed_error_b, error_b)
             found_BN[chunk] = entries_bN - self.first_N
         return found_BN
 
