@@ -61,10 +61,9 @@ def diagnose(
         check_frames(x_BD, 1, name, start, describe)
         x_BD = x_BD.to(device)
         total += float(((x_BD - mean) ** 2).sum(dtype=torch.float64))
-        indexes_BN, done = quantizer.compute_indexes(x_BD, 0), 0
+        # Each from its beginning: restarts follow the rounds, and are not gone on from.
         for number, wanted in sorted(enumerate(rounds), key=lambda pair: pair[1]):
-            indexes_BN = quantizer.search_tables().refine(x_BD, indexes_BN, wanted - done)
-            done = wanted
+            indexes_BN = quantizer.compute_indexes(x_BD, wanted)
             error = ((quantizer.decode(indexes_BN) - x_BD) ** 2).sum(dtype=torch.float64)
             errors[number] += float(error)
         last.append(indexes_BN.cpu())

@@ -253,6 +253,10 @@ class Quantizer(nn.Module):
           RecipeError: the last dimension is not D.
           ValueError: ``as_bytes`` with K above 256.
         """
+        if x.ndim > 2 and not _is_viewable(x):
+            # A part of longer utterances, say: as one block of frames it would be a copy.
+            parts = (self.encode(part, refine_indexes_iters, as_bytes) for part in x)
+            return torch.stack(list(parts))
         x_BD = self._flatten(x)
         per_code, dtype = 1, torch.int64
         if as_bytes:
@@ -370,6 +374,14 @@ class Quantizer(nn.Module):
         return traces_NN * norms_N[:, None] * norms_N[None, :]
 
 
+def _is_viewable(x: Tensor) -> bool:
+    try:
+        x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return False
+    return True
+
+
 def _entropy_loss(probs_NK: Tensor) -> Tensor:
     probs_NK = probs_NK + 1.0e-20
     entropy = -(probs_NK * probs_NK.log()).sum(dim=1).mean()
@@ -380,7 +392,8 @@ def _entropy_loss(probs_NK: Tensor) -> Tensor:
 def save_quantizer(path: Path | str, quantizer: Quantizer, meta: dict[str, Any]) -> None:
     """Write the weights to ``path`` and what goes with them to ``path`` + ``.json``.
 
-    ``path`` is a torch file that ``multi_quantization.Quantizer`` loads too. The sidecar holds
+    ``path`` is a torch file that ``multi_quantization.Quantizer`` loads too, where it encodes the
+    same unless ``beam`` or ``restarts`` is set, which that package has not. The sidecar holds
     ``meta`` (``teacher``, ``layer``, ``mean`` and ``std`` of the training frames ...: JSON values
     or 1-dim tensors), and the quantizer's id, SHA-256, D, N, K, beam and restarts.
     """

@@ -1,5 +1,6 @@
 """Diagnostics of a quantizer: figures with a known answer, and the errors."""
 
+import copy
 import json
 import math
 
@@ -44,27 +45,25 @@ def test_figures_with_a_known_answer(tmp_path):
     assert (tmp_path / "plots" / "quantizer.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_rounds_are_those_of_encode():
+@pytest.mark.parametrize(("beam", "restarts"), [(0, 0), (4, 0), (0, 3), (4, 3)])
+def test_rounds_are_those_of_encode(beam, restarts):
     quantizer = Quantizer(6, 16, 4, torch.Generator().manual_seed(1))
+    plain = copy.deepcopy(quantizer)
+    quantizer.beam, quantizer.restarts = beam, restarts
     frames = torch.randn(300, 6, generator=torch.Generator().manual_seed(2))
-    found = diagnose(quantizer, frames, frames.mean(dim=0), rounds=(3, 0, 1))
+    mean = frames.mean(dim=0)
+    found = diagnose(quantizer, frames, mean, rounds=(3, 0, 1))
     for rounds in (0, 1, 3):
-        error = quantizer.decode(quantizer.encode(frames, rounds)) - frames
-        expected = error.square().sum() / (frames - frames.mean(dim=0)).square().sum()
+        indexes = quantizer.encode(frames, rounds)
+        error = quantizer.decode(indexes) - frames
+        expected = error.square().sum() / (frames - mean).square().sum()
         assert found["rrl"][str(rounds)] == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_rounds_go_on_from_the_beam_search():
-    quantizer = Quantizer(6, 16, 4, torch.Generator().manual_seed(1))
-    quantizer.beam = 4
-    frames = torch.randn(300, 6, generator=torch.Generator().manual_seed(2))
-    found = diagnose(quantizer, frames, torch.zeros(6), rounds=(0, 2))
-    for rounds in (0, 2):
-        error = quantizer.decode(quantizer.encode(frames, rounds)) - frames
-        expected = error.square().sum() / frames.square().sum()
-        assert found["rrl"][str(rounds)] == pytest.approx(expected.item(), rel=1e-4)
-    quantizer.beam = 0
-    assert found["rrl"]["0"] < diagnose(quantizer, frames, torch.zeros(6), rounds=(0,))["rrl"]["0"]
+    assert (
+        found["index_counts"] == quantizer.count_indexes(quantizer._unpack(indexes.long())).tolist()
+    )
+    if beam or restarts:
+        found_of_plain = diagnose(plain, frames, mean, rounds=(3,))
+        assert found["rrl"]["3"] < found_of_plain["rrl"]["3"]
 
 
 def test_equal_codebooks_show():
