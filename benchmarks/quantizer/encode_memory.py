@@ -33,6 +33,7 @@ from benchmarks.quantizer.encode_rate import (
     frames_like_embeddings,
     train_briefly,
 )
+from benchmarks.quantizer.rows import markdown
 
 
 def peak_growth(call: Callable[[], object]) -> int:
@@ -60,13 +61,14 @@ def main(arguments: list[str] | None = None) -> None:
     peer.load_state_dict(ours.state_dict())
     ours.encode(frames_FD[:64], ROUNDS)  # what is compiled or made once
     many_FD = frames_FD.repeat(-(-options.frames // len(frames_FD)), 1)[: options.frames]
-    print("| quantizer | frames at once | MiB held beyond input and output | frames/s |")
-    print("| --- | --- | --- | --- |")
+    rows = []
     for name, quantizer, x_FD in (("ours", ours, many_FD), (PEER, peer, frames_FD[:512])):
         started = time.perf_counter()
         held = peak_growth(partial(quantizer.encode, x_FD, ROUNDS)) - len(x_FD) * NUM_CODEBOOKS
         rate = len(x_FD) / (time.perf_counter() - started)
-        print(f"| {name} | {len(x_FD):,} | {held / 2**20:,.0f} | {rate:,.0f} |", flush=True)
+        rows.append((name, f"{len(x_FD):,}", f"{held / 2**20:,.0f}", f"{rate:,.0f}"))
+    head = ("quantizer", "frames at once", "MiB held beyond input and output", "frames/s")
+    print(markdown(head, rows))
 
 
 if __name__ == "__main__":

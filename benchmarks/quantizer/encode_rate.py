@@ -30,10 +30,10 @@ def frames_like_embeddings(num_frames: int, generator: torch.Generator) -> Tenso
     return torch.randn(num_frames, DIM, generator=generator) * deviation_D @ rotation_DD + mean_D
 
 
-def train_briefly(frames_FD: Tensor, seed: int) -> Quantizer:
+def train_briefly(frames_FD: Tensor, seed: int, num_codebooks: int = NUM_CODEBOOKS) -> Quantizer:
     """A quantizer whose first guess the search has work to do on, in some seconds."""
     settings = QuantizerSettings(
-        num_codebooks=NUM_CODEBOOKS,
+        num_codebooks=num_codebooks,
         codebook_size=CODEBOOK_SIZE,
         seed=seed,
         lsq_iters=1,
@@ -88,7 +88,11 @@ def measure(device: str, num_frames: int, repeats: int, seed: int) -> list[Row]:
     }
     peer = PeerQuantizer(DIM, CODEBOOK_SIZE, NUM_CODEBOOKS)
     peer.load_state_dict(ours.state_dict())
+    compared_BD = x_BD[: max(PEER_FRAMES)]
+    expected_Bn = peer.encode(compared_BD, ROUNDS)
     ours, x_BD = ours.to(device), x_BD.to(device)
+    equal_B = (ours.encode(compared_BD.to(device), ROUNDS).cpu() == expected_Bn).all(dim=1)
+    details["frames_equal_to_peer"] = f"{int(equal_B.sum())} of {len(equal_B)}"
     tables = ours.search_tables()
 
     def products() -> None:
@@ -110,9 +114,6 @@ def measure(device: str, num_frames: int, repeats: int, seed: int) -> list[Row]:
     for size in PEER_FRAMES:
         calls[f"peer {size}"] = lambda size=size: peer.encode(x_BD[:size], ROUNDS)
     times = fastest(calls, repeats)
-    compared_BD = x_BD[: max(PEER_FRAMES)]
-    equal_B = (ours.encode(compared_BD, ROUNDS) == peer.encode(compared_BD, ROUNDS)).all(dim=1)
-    details["frames_equal_to_peer"] = f"{int(equal_B.sum())} of {len(equal_B)}"
     wall = {size: size / times[f"peer {size}"].wall for size in PEER_FRAMES}
     cpu = {size: size / times[f"peer {size}"].cpu for size in PEER_FRAMES}
     rate, rate_cpu = len(x_BD) / times["ours"].wall, len(x_BD) / times["ours"].cpu

@@ -46,21 +46,22 @@ def _number(value: float | None, suffix: str = "") -> str:
     return f"{value:,.0f}{suffix}" if abs(value) >= 100 else f"{value:.3g}{suffix}"
 
 
+def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Cells as a Markdown table."""
+    rule = ["---"] * len(head)
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (head, rule, *rows))
+
+
 def markdown_table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     head = ("what", "device", "unit", "ours", "peer", "ratio", "ratio, CPU time", "floor", "rate")
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for row in rows:
-        cells = (
-            row.what,
-            row.device,
-            row.unit,
-            _number(row.ours),
+    cells = [
+        (
+            *(row.what, row.device, row.unit, _number(row.ours)),
             f"{row.peer_name}: {_number(row.peer)}",
-            _number(row.ratio, "x"),
-            _number(row.ratio_cpu, "x"),
-            row.floor,
-            _number(row.floor_rate),
+            *(_number(row.ratio, "x"), _number(row.ratio_cpu, "x")),
+            *(row.floor, _number(row.floor_rate)),
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for row in rows
+    ]
+    return markdown(head, cells)

@@ -11,9 +11,10 @@ import soundfile
 import torch
 from multi_quantization import QuantizerTrainer as PeerTrainer
 
-from benchmarks.quantizer import codecs, run, time_to_rrl
+from benchmarks.quantizer import codecs, exactness, run, time_to_rrl
 from benchmarks.quantizer.rows import Row, markdown_table
 from mvqkd.errors import RecipeError
+from tests.quantizer.peer import frames_for, pair
 
 TINY = partial(codecs._ours, rounds=0, lsq_iters=0, logits_iters=1)
 
@@ -156,6 +157,24 @@ def test_the_peer_at_some_numbers_of_bytes_alone(recordings, tmp_path, monkeypat
 def test_fewer_than_two_recordings_are_refused(tmp_path):
     with pytest.raises(RecipeError, match="fewer than 2 WAV files; name another folder"):
         _codecs(tmp_path, tmp_path / "out")
+
+
+def test_indexes_beside_the_peers_on_real_frames(recordings, capsys, monkeypatch):
+    monkeypatch.setattr(exactness, "train_briefly", lambda frames, seed, n: pair(n, 16, 192)[0])
+    options = ["--recordings", str(recordings), "--codebooks", "2", "16", "--frames", "40"]
+    exactness.main(options)
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [(row[0], row[1], row[4]) for row in rows] == [("2", "40", "0"), ("16", "20", "0")]
+
+
+def test_what_is_no_tie_is_counted(monkeypatch):
+    ours, _ = pair(4, 16)
+    frames = frames_for(ours, 50)
+    assert exactness.compare(ours, frames) == [(0, 0, 0)] * 6
+    right = ours.encode
+    monkeypatch.setattr(ours, "encode", lambda x, *options, **more: right(x, *options, **more) ^ 1)
+    first, *others = exactness.compare(ours, frames)
+    assert first == (50, 50, 50) and others == [(50, 0, 0)] * 5
 
 
 def test_time_to_rrl_goes_on_where_it_was_killed(recordings, tmp_path, monkeypatch, capsys):
