@@ -49,6 +49,8 @@ ENCODINGS = 5  # timed, of which the fastest counts
 TEACHER = Path(__file__).parents[2] / "egs/mini/teacher"
 CPU = torch.device("cpu")
 PEER = "multi_quantization"
+# Settings of residual codebooks, which a beam search encodes.
+RESIDUAL = {"lsq_iters": 3, "lsq_pull": 3.0}
 
 
 @dataclass
@@ -158,9 +160,9 @@ def codecs(peer_steps: int) -> dict[str, Trainer]:
         "ours, 1 round": partial(_ours, rounds=1),
         "ours, 5 rounds": _ours,
         "ours, 5 rounds, 20 alternations": partial(_ours, lsq_iters=20),
-        "ours, beam 8": partial(_ours, rounds=0, beam=8, lsq_iters=3, lsq_pull=3.0),
-        "ours, beam 16": partial(_ours, rounds=0, beam=16, lsq_iters=3, lsq_pull=3.0),
-        "ours, beam 16, 1 round": partial(_ours, rounds=1, beam=16, lsq_iters=3, lsq_pull=3.0),
+        "ours, beam 8": partial(_ours, rounds=0, **RESIDUAL, beam=8),
+        "ours, beam 16": partial(_ours, rounds=0, **RESIDUAL, beam=16),
+        "ours, beam 16, 1 round": partial(_ours, rounds=1, **RESIDUAL, beam=16),
     }
     annealed = {"lsq_iters": 50, "lsq_noise": 1.0, "beam": 16, "restarts": 4}
     found["ours, annealed, beam 16, 3 rounds, 4 restarts"] = partial(_ours, rounds=3, **annealed)

@@ -8,6 +8,8 @@ for its best number and one for 512. Ours takes its own chunks of whatever it is
 
 from __future__ import annotations
 
+import importlib.metadata
+
 import torch
 from multi_quantization import Quantizer as PeerQuantizer
 from torch import Tensor
@@ -18,7 +20,7 @@ from benchmarks.quantizer.rows import Row
 from mvqkd.quantizer import LeastSquaresTrainer, Quantizer, QuantizerSettings
 
 DIM, NUM_CODEBOOKS, CODEBOOK_SIZE, ROUNDS = 1280, 8, 256, 5
-PEER = "multi_quantization 0.1.1"
+PEER = f"multi_quantization {importlib.metadata.version('multi_quantization')}"
 PEER_FRAMES = (4, 8, 32, 128, 512)  # at a time
 
 

@@ -36,7 +36,8 @@ from multi_quantization import QuantizerTrainer as PeerTrainer
 from torch import Tensor
 
 from benchmarks.quantizer.clock import fastest
-from benchmarks.quantizer.codecs import filterbanks, split_recordings
+from benchmarks.quantizer.codecs import RESIDUAL, filterbanks, split_recordings
+from benchmarks.quantizer.encode_rate import PEER
 from benchmarks.quantizer.rows import Row, markdown_table
 from benchmarks.quantizer.saved import go_on, save
 from mvqkd.device import describe_device
@@ -45,14 +46,13 @@ from mvqkd.files import written_aside
 from mvqkd.quantizer import LeastSquaresTrainer, Quantizer, QuantizerSettings
 from mvqkd.quantizer.frames import random_rows
 
-PEER = "multi_quantization 0.1.1"
 BINS, STEP_FRAMES, ROUNDS, K = 32, 512, 5, 256
 # Fewer than 80 an entry would not do for centers that hold for unseen frames.
 FLOOR_FRAMES = 80 * K
 SAVE_SECONDS = 60.0
 CPU = torch.device("cpu")
 # As the codecs of these names are trained.
-OURS = {"linear first guess": {}, "beam 16": {"beam": 16, "lsq_iters": 3, "lsq_pull": 3.0}}
+OURS = {"linear first guess": {}, "beam 16": {"beam": 16, **RESIDUAL}}
 
 
 @dataclasses.dataclass
