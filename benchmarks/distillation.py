@@ -212,7 +212,6 @@ def make_task(row: str, size: Size, device: torch.device) -> tuple[StudentTask, 
 def measure(row: str, settings: Settings) -> tuple[float, int]:
     """(seconds of a step, bytes at the peak)."""
     device = pick_device(settings.device)
-    on_gpu = device.type == "cuda"
     before = resident_bytes()
     task, batch = make_task(row, SIZES[settings.size], device)
     model = task.model.to(device).train()
@@ -226,11 +225,10 @@ def measure(row: str, settings: Settings) -> tuple[float, int]:
             loss, _ = task.loss(batch, step, 3.0)
         loss.backward()
         optimizer.step()
-        if on_gpu:
+        if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    peak = peak_bytes(device) - (0 if on_gpu else before)
-    return statistics.median(seconds[1:]), peak
+    return statistics.median(seconds[1:]), peak_bytes(device, before)
 
 
 def main(settings: Settings) -> None:

@@ -68,8 +68,13 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The most that this process has held: of torch's allocator on a GPU, else resident."""
+def peak_bytes(device: torch.device, resident_before: int) -> int:
+    """The most that this process has held: of torch's allocator on a GPU, else resident.
+
+    Args:
+      resident_before: what `resident_bytes` gave before that which is measured was made, libraries
+        for the most part; it does not count.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident_before

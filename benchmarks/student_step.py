@@ -4,16 +4,19 @@
     python3 -m benchmarks.student_step --peer_dir FOLDER     # beside the published model
 
 Random weights and batches of `benchmarks.distillation`'s sizes: at ``paper`` 5 utterances of 1200
-feature frames and 45 tokens, 12 layers of 512. A step is loss, backward and Eve, with all losses.
-Each row runs in processes of its own, which take turns; time is the median of a process's steps,
-and the lowest of its rounds. Memory is the process's peak, on a GPU that of torch's allocator.
+feature frames and 45 tokens, 12 layers of 512. Either side's step masks the features (the same
+SpecAugment on the CPU), takes the batch to the device, and makes loss, backward and Eve's update,
+with all losses, which are read at the end of the forward pass. Each row runs in processes of its
+own, which take turns; time is the median of a process's steps, and the lowest of its rounds.
+Memory is the process's peak over what it held before its model was made, libraries imported; on a
+GPU that of torch's allocator.
 Matrix products and convolutions are counted as they run (2 for a multiplication and an addition),
 forward and backward; the matrix rate is that of one large square product in the row's precision.
 
 FOLDER holds the model code of icefall's ``pruned_transducer_stateless6`` (conformer.py, decoder.py,
 encoder_interface.py, joiner.py, model.py, optim.py, scaling.py). Where k2 or multi_quantization
 does not import, it gets the losses of `mvqkd.losses` under their names: the rest of the step is
-what is compared then.
+what is compared then, and the output says so.
 """
 
 from __future__ import annotations
@@ -35,8 +38,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.distillation import NUM_CODEBOOKS, SIZES, Size, make_task
-from benchmarks.processes import alternating, peak_bytes
+from benchmarks.processes import alternating, peak_bytes, resident_bytes
 from mvqkd import cli
+from mvqkd.data.datamodule import Augment, SpecAugmentSettings
 from mvqkd.device import describe_device, pick_device
 from mvqkd.errors import RecipeError
 from mvqkd.losses import rnnt
@@ -82,6 +86,8 @@ class Step:
     peak_bytes: int
     flops: int
     device: str
+    # What its losses are computed by.
+    losses: str
 
 
 class Ragged:
@@ -201,33 +207,57 @@ def peer_step(
         vocab_size=size.vocab_size,
         num_codebooks=2 * NUM_CODEBOOKS if kind == "mvq" else 0,
     )
-    labels = next(iter(batch.labels.values())).to(device) if kind == "mvq" else None
-    features, lengths = batch.features_BTF.to(device), batch.lengths_B.to(device)
-    tokens = peer.k2.RaggedTensor(batch.tokens).to(device)
+    augment = Augment(SpecAugmentSettings())
 
     def loss() -> torch.Tensor:
+        # What `StudentTask` does in a step, and the published loop or its data loader.
+        features, _ = augment(batch.features_BTF, batch.lengths_B)
+        labels = next(iter(batch.labels.values())).to(device) if kind == "mvq" else None
         simple, pruned, codebook = model(
-            features,
-            lengths,
-            tokens,
+            features.to(device),
+            batch.lengths_B.to(device),
+            peer.k2.RaggedTensor(batch.tokens).to(device),
             prune_range=5,
             am_scale=0.0,
             lm_scale=0.25,
             warmup=3.0,
             codebook_indexes=labels,
         )
-        total = SIMPLE_LOSS_SCALE * simple.sum() + pruned.sum()
-        return total if codebook is None else total + CODEBOOK_LOSS_SCALE * codebook
+        found = [simple.sum(), pruned.sum(), *([] if codebook is None else [codebook])]
+        torch.stack([value.detach().double() for value in found]).tolist()
+        scales = SIMPLE_LOSS_SCALE, 1.0, CODEBOOK_LOSS_SCALE
+        return sum(scale * value for scale, value in zip(scales, found))
 
     return model, loss, peer.optim.Eve
 
 
-def measure(make: Callable, precision: Precision, device_name: str, steps: int) -> Step:
+def our_losses() -> str:
+    """Imports what `our_step` needs, and says where its losses come from."""
+    return f"transducer losses of {'k2' if rnnt.import_k2() else 'mvqkd'}, codebook loss of mvqkd"
+
+
+def peer_losses(folder: Path) -> str:
+    """As `our_losses`, of `peer_step`."""
+    transducer = "mvqkd" if import_peer(folder).k2.RaggedTensor is Ragged else "k2"
+    codebooks = JointCodebookLoss.__module__.partition(".")[0]
+    return f"transducer losses of {transducer}, codebook loss of {codebooks}"
+
+
+def measure(
+    make: Callable,
+    imports: Callable[[], str],
+    precision: Precision,
+    device_name: str,
+    steps: int,
+) -> Step:
     """
     Args:
       make: from a device to a model, its loss and its optimizer.
+      imports: the libraries that it takes, whose memory is none of the step's; says which.
     """
     device = pick_device(device_name)
+    losses = imports()
+    before = resident_bytes()
     model, loss_of, optimizer_class = make(device)
     model.to(device).train()
     optimizer = optimizer_class(model.parameters(), lr=1e-4)
@@ -245,7 +275,13 @@ def measure(make: Callable, precision: Precision, device_name: str, steps: int) 
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return Step(statistics.median(seconds[1:]), peak_bytes(device), flops, describe_device(device))
+    return Step(
+        statistics.median(seconds[1:]),
+        peak_bytes(device, before),
+        flops,
+        describe_device(device),
+        losses,
+    )
 
 
 def matrix_rate(precision: Precision, device_name: str, rows: int) -> float:
@@ -266,14 +302,15 @@ def matrix_rate(precision: Precision, device_name: str, rows: int) -> float:
 def measure_all(device: str, precision: Precision, settings: Settings) -> None:
     """Print the table of a device and a precision."""
     size = SIZES[settings.size]
-    steps = {kind: partial(our_step, kind, size) for kind in settings.kinds}
-    if settings.peer_dir is not None:
+    sides = {kind: (partial(our_step, kind, size), our_losses) for kind in settings.kinds}
+    if (folder := settings.peer_dir) is not None:
         for kind in PEER_KINDS:
             if kind in settings.kinds:
-                steps[f"published, {kind}"] = partial(peer_step, settings.peer_dir, kind, size)
+                make = partial(peer_step, folder, kind, size)
+                sides[f"published, {kind}"] = make, partial(peer_losses, folder)
     jobs: dict[str, Callable] = {
-        row: partial(measure, make, precision, device, settings.steps)
-        for row, make in steps.items()
+        row: partial(measure, make, imports, precision, device, settings.steps)
+        for row, (make, imports) in sides.items()
     }
     rows = 256 if settings.size == "tiny" else GEMM_ROWS[device]
     not_measured: dict[str, str] = {}
@@ -292,6 +329,7 @@ def measure_all(device: str, precision: Precision, settings: Settings) -> None:
             min(step.peak_bytes for step in measured),
             measured[0].flops,
             measured[0].device,
+            measured[0].losses,
         )
         for row, measured in alternating(jobs, settings.rounds, not_measured).items()
     }
@@ -305,6 +343,8 @@ def measure_all(device: str, precision: Precision, settings: Settings) -> None:
         )
     for row, reason in not_measured.items():
         print(f"{row:<20} not measured: {reason}")
+    for row, step in found.items():
+        print(f"{row}: {step.losses}")
     for kind in PEER_KINDS:
         published = found.get(f"published, {kind}")
         if published and kind in found:
@@ -320,7 +360,10 @@ def main(settings: Settings) -> None:
     num_utterances, seconds, num_tokens = SIZES[settings.size].batch
     print(
         f"{settings.size}: {num_utterances} utterances of {100 * seconds:.0f} frames and "
-        f"{num_tokens} tokens, {settings.rounds} rounds of {settings.steps} steps"
+        f"{num_tokens} tokens, {settings.rounds} rounds of {settings.steps} steps\n"
+        "a step, on either side: SpecAugment, batch to the device, losses, their values read, "
+        "backward, Eve\n"
+        "peak: over what the process held before its model was made"
     )
     if settings.peer_dir is None:
         print("published code: not measured, no --peer_dir")
