@@ -30,7 +30,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 SIZES = (
     {"B": 8, "T": 250, "S": 40, "V": 500, "D": 512},
@@ -253,24 +253,28 @@ def measure_on(device, size: dict[str, int], repeats: int) -> None:
         row("torchaudio's loss of the full lattice", "float32", full, 2 * 4 * cells * V)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--serve", choices=BACKENDS, help=argparse.SUPPRESS)
     parser.add_argument("--size", type=json.loads, help="of SIZES, as JSON")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu: beside k2")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.serve:
         _serve(args.serve, args.size, args.threads)
         return
     import torch
+
+    from mvqkd.losses.rnnt import import_k2
 
     if args.device == "cuda":
         if not torch.cuda.is_available():
             parser.error("--device cuda: torch finds no GPU")
         measure_on(torch.device("cuda"), args.size or GPU_SIZE, args.repeats)
         return
+    if import_k2() is None:
+        parser.error("k2 does not import; call tests/k2/run.sh, then .venv-k2/bin/python")
     print(f"torch {torch.__version__}, {args.threads} threads, least of {args.repeats} turns\n")
     print("| size | native | k2 | ratio | native MiB | k2 MiB | ratio | floor |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
