@@ -274,9 +274,8 @@ class _LatticeScore(torch.autograd.Function):
     """Scores of the lattice and, as further outputs, the occupations, which are its gradient."""
 
     @staticmethod
-    def forward(ctx, px, py, boundary, need_occupation):
+    def forward(ctx, px, py, boundary, shifted, need_occupation):
         begin, end = boundary[:, :2], boundary[:, 2:]
-        shifted = bool((begin != 0).any())
         if shifted:
             px, py = (_shift(x, begin, -torch.inf) for x in (px, py))
         score, px_grad, py_grad = _choose_walk(px)(px, py, end - begin, need_occupation)
@@ -292,7 +291,7 @@ class _LatticeScore(torch.autograd.Function):
     def backward(ctx, score_grad, _px_grad_grad, _py_grad_grad):
         px_grad, py_grad = ctx.saved_tensors
         scale = score_grad[:, None, None]
-        return px_grad * scale, py_grad * scale, None, None
+        return px_grad * scale, py_grad * scale, None, None, None
 
 
 @_with_backend(lambda px, **_: px.shape[1] >= 1)
@@ -323,21 +322,28 @@ def mutual_information_recursion(
         f"{tuple(py.shape)}",
     )
     _check_boundary(boundary, B)
+    # Whether any utterance begins later than at (0, 0).
+    shifted = False
     if boundary is None:
         boundary = torch.tensor([0, 0, S, T], device=px.device).expand(B, 4)
     else:
-        upper = torch.tensor([S, T], device=px.device)
         begin, end = boundary[:, :2], boundary[:, 2:]
-        _check(
-            bool(((begin >= 0) & (begin <= end) & (end <= upper)).all()),
-            f"boundary must satisfy 0 <= begin <= end <= (S={S}, T={T}), got {boundary.tolist()}",
-        )
+        inside_B2 = (begin >= 0) & (begin <= end)
+        within_B = (end[:, 0] <= S) & (end[:, 1] <= T)
+        # Both at once: each look at a value waits for the GPU.
+        facts = torch.stack((inside_B2.all() & within_B.all(), (begin != 0).any()))
+        valid, shifted = facts.tolist()
+        if not valid:
+            raise ValueError(
+                f"boundary must satisfy 0 <= begin <= end <= (S={S}, T={T}), got "
+                f"{boundary.tolist()}"
+            )
     dtype = torch.promote_types(torch.promote_types(px.dtype, py.dtype), torch.float32)
     need_occupation = return_grad or (
         torch.is_grad_enabled() and (px.requires_grad or py.requires_grad)
     )
     score, px_grad, py_grad = _LatticeScore.apply(
-        px.to(dtype), py.to(dtype), boundary, need_occupation
+        px.to(dtype), py.to(dtype), boundary, shifted, need_occupation
     )
     return (score, (px_grad, py_grad)) if return_grad else score
 
@@ -418,7 +424,8 @@ def get_rnnt_logprobs_smoothed(
     if am_only_scale != 0:
         # The unigram u is one more history to be joined with the frames: the last row.
         mean_V = lm_BSV.flatten(0, 1).logsumexp(0)
-        mean_V = mean_V - torch.tensor(B * (S + 1), dtype=mean_V.dtype, device=mean_V.device).log()
+        # Made on the device, where a copy to it would wait for the device.
+        mean_V = mean_V - mean_V.new_full((), B * (S + 1)).log()
         u_V = torch.logaddexp(mean_V, torch.full_like(mean_V, finfo.tiny).log())
         u_V = u_V - u_V.amax().detach()
         histories_BSV = torch.cat((lm_BSV, u_V.expand(B, 1, V)), dim=1)

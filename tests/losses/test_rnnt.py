@@ -400,6 +400,30 @@ def test_bad_arguments(function, change, message):
         call(**{**arguments, **change})
 
 
+def test_the_device_is_asked_once_a_loss(monkeypatch):
+    """Each time that a value is looked at, the program waits for the GPU."""
+    asked = []
+    for name in ("__bool__", "__int__", "__float__", "item", "tolist"):
+        ask = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, ask=ask: (asked.append(len(self.shape)), ask(self))[1]
+        )
+    lm, am, symbols, boundary = problem(2, 6, 3)
+    shared = {"symbols": symbols, "termination_symbol": 0}
+    for given, wanted in ((boundary, 1), (None, 0)):
+        asked.clear()
+        _, grads = rnnt_loss_smoothed(lm, am, **shared, boundary=given, return_grad=True)
+        assert len(asked) == wanted
+        asked.clear()
+        # Whether the range has to grow.
+        ranges = get_rnnt_prune_ranges(*grads, boundary, 2)
+        assert len(asked) == 1
+        asked.clear()
+        am_pruned, lm_pruned = do_rnnt_pruning(am, lm, ranges)
+        rnnt_loss_pruned(am_pruned + lm_pruned, ranges=ranges, **shared, boundary=given)
+        assert len(asked) == wanted
+
+
 def test_backend_k2_is_used_where_it_imports(monkeypatch):
     calls = []
     k2 = types.ModuleType("k2")
