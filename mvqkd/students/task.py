@@ -56,7 +56,7 @@ class StudentTask:
         return self._train.largest()
 
     def divisor(self, batch: StudentBatch) -> float:
-        """None: the losses are summed over the batch, as published."""
+        """0: the losses are summed over the batch, as published."""
         return 0.0
 
     def loss(

@@ -130,14 +130,12 @@ class Transducer(nn.Module):
         joiner: Joiner,
         encoder_dim: int,
         decoder_dim: int,
-        joiner_dim: int,
         vocab_size: int,
     ):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
         self.joiner = joiner
-        self.joiner_dim = joiner_dim
         self.simple_am_proj = ScaledLinear(encoder_dim, vocab_size, initial_speed=0.5)
         self.simple_lm_proj = ScaledLinear(decoder_dim, vocab_size)
         self.codebook_loss_net: nn.Module | None = None
@@ -266,6 +264,5 @@ def build_transducer(settings: TransducerSettings) -> Transducer:
         joiner=Joiner(encoder_dim, settings.decoder_dim, settings.joiner_dim, settings.vocab_size),
         encoder_dim=encoder_dim,
         decoder_dim=settings.decoder_dim,
-        joiner_dim=settings.joiner_dim,
         vocab_size=settings.vocab_size,
     )
