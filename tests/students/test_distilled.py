@@ -20,13 +20,14 @@ from mvqkd.data.labels import (
     load_labels,
 )
 from mvqkd.errors import RecipeError
-from mvqkd.losses.distillation import DistillationSettings, MoreSettings
+from mvqkd.losses.distillation import DistillationSettings, MoreSettings, Pairing
 from mvqkd.quantizer import Quantizer, save_quantizer
 from mvqkd.students import distilled
 from mvqkd.students.conformer import ConformerSettings
 from mvqkd.students.distilled import build_distillation
 from mvqkd.students.task import StudentTask
 from mvqkd.students.transducer import TransducerSettings, build_transducer
+from mvqkd.teachers.base import Teacher
 from tests.conftest import CPU
 
 KINDS = ["mvq", "mvq-joint", "mvq-l1", "mvq-l2", "l1", "l2"]
@@ -37,6 +38,18 @@ class Words:
 
     def encode(self, text):
         return [1 + len(word) for word in text.split()]
+
+
+class ClockTeacher(Teacher):
+    """A frame every 12.5 ms; its embedding is the frame's time."""
+
+    name, dim, num_layers, stride, receptive_field = "clock", 3, 1, 200, 400
+    window_frames = 10**6
+
+    def _layers(self, prepared_BL, lengths_B, layers):
+        frames_T = torch.arange(self.num_frames(prepared_BL.shape[1]))
+        times_T = self.frame_offset + self.frame_shift * frames_T
+        return [times_T[None, :, None].expand(len(prepared_BL), -1, 3) for _ in layers]
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +98,8 @@ def cuts(feature_cuts, teacher, quantizer, origin, tmp_path_factory):
 @pytest.fixture
 def build(cuts, quantizer_file, teacher, monkeypatch):
     """A task of distillation settings."""
-
-    def load(name, revision):
-        assert (name, revision) == ("tiny", None)
-        return teacher
-
-    monkeypatch.setattr(distilled, "load_teacher", load)
+    teachers = {("tiny", None): teacher, ("clock", None): ClockTeacher()}
+    monkeypatch.setattr(distilled, "load_teacher", lambda *name: teachers[name])
 
     def build(kind, cuts=cuts, **settings):
         given = {"quantizer": quantizer_file, "layer": 1, "refine_iters": 1, **settings}
@@ -199,6 +208,47 @@ def test_terms_share_teachers_layers_and_labels(build, quantizer_file):
         assert figures[f"{name}distillation"] > 0
     assert {"1-mvq-accuracy-0", "5-mvq-accuracy-3"} < set(figures)
     assert all(p.grad.count_nonzero() > 0 for p in task.model.codebook_loss_net.parameters())
+
+
+def test_teachers_of_two_frame_rates_one_stored_and_one_in_the_loop(build, cuts, monkeypatch):
+    """Each is paired with the student by time, and their losses are added."""
+    paired, pair = [], Pairing.pair
+
+    def kept(self, *args):
+        paired.append(pair(self, *args))
+        return paired[-1]
+
+    clock = MoreSettings("l2", in_loop=True, teacher="clock", teacher_layer=1, layer=2, scale=0.5)
+    task, batches = build("mvq", more=[clock])
+    stored, _ = build("mvq")
+    head = task.model.codebook_loss_net[0].state_dict()
+    stored.model.codebook_loss_net.load_state_dict(head)
+    found = task._distillation
+    assert (found.fields, found.layers, found.in_loop) == ([FIELD], [1, 2], True)
+    monkeypatch.setattr(Pairing, "pair", kept)
+    for batch in batches:
+        paired.clear()
+        loss, figures = loss_of(task, batch)
+        for name, parameter in task.model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert all(p.grad.count_nonzero() > 0 for p in task.model.codebook_loss_net.parameters())
+        terms = [figures[name] for name in ("1-mvq-distillation", "2-l2-distillation")]
+        whole = 0.5 * figures["simple"] + figures["pruned"] + sum(terms)
+        assert min(terms) > 0 and loss == pytest.approx(whole, rel=1e-5)
+
+        indexes_BTRN, times_BTRD = paired
+        assert indexes_BTRN.shape[2:] == (2, 4) and times_BTRD.shape[2:] == (4, 3)
+        num_frames = times_BTRD.shape[1]
+        assert num_frames == indexes_BTRN.shape[1] > 20
+        wanted_BTN = batch.labels[FIELD][:, : 2 * num_frames]
+        assert torch.equal(indexes_BTRN.flatten(1, 2)[:, : wanted_BTN.shape[1]], wanted_BTN)
+        # The latest four frames whose middle is not after that of the student's.
+        late_BT = 0.035 + 0.04 * torch.arange(num_frames) - times_BTRD.mean((2, 3))
+        within_BT = times_BTRD.isfinite().all(-1).all(-1)
+        assert within_BT[:, :-2].all()
+        assert late_BT[within_BT].min() > -1e-4 and late_BT[within_BT].max() < 0.0125 + 1e-4
+        alone = loss_of(stored, batch)[1]["distillation"]
+        assert terms[0] == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize("in_loop", [False, True])
