@@ -67,6 +67,26 @@ def _lists(*arrays: np.ndarray) -> list[list[int]]:
     return [array.tolist() for array in arrays]
 
 
+def _taken(lists: list[list], places: list[int]) -> list[list]:
+    """The list at each of ``places``; what is asked for again is a copy."""
+    seen: set[int] = set()
+    found = []
+    for place in places:
+        found.append(list(lists[place]) if place in seen else lists[place])
+        seen.add(place)
+    return found
+
+
+def _num_shared(sequences: list[list]) -> int:
+    """How many items all of ``sequences`` begin with."""
+    number = 0
+    for items in zip(*sequences):
+        if items.count(items[0]) < len(items):
+            break
+        number += 1
+    return number
+
+
 class _Search:
     """What both searches share: where the streams stand, and which of them have a frame now.
 
@@ -248,10 +268,11 @@ class BeamSearch(_Search):
         self.hash_value_V: Tensor | None = None
         self.first_row_B1 = torch.arange(0, B * K, K, device=device)[:, None]
         self.earlier_KK = torch.ones(K, K, dtype=torch.bool, device=device).tril(-1)
-        # Per chunk: frames seen before it (B), and for each time that the beams were extended the
-        # frame (R), which place of the beam a hypothesis came from and the token that it added,
-        # blank for none (R, B, K).
-        self.history: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+        # Of each stream the tokens, with their frames, that all of its hypotheses begin with, and
+        # by place of the beam the (token, frame) that come after them. A stream may go on for
+        # hours: what is agreed on is held once, and looked at no more.
+        self.agreed: list[Hypothesis] = [Hypothesis() for _ in range(B)]
+        self.rest: list[list[list[tuple[int, int]]]] = [[[] for _ in range(K)] for _ in range(B)]
 
     def _values(self, V: int, device: torch.device) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -288,7 +309,41 @@ class BeamSearch(_Search):
         source_RBK, token_RBK = (
             torch.cat(parts)[:, inverse_B].cpu().numpy() for parts in (sources_RBK, tokens_RBK)
         )
-        self.history.append((self.frames_seen_B.numpy(), np.array(frames), source_RBK, token_RBK))
+        self._remember(np.array(frames), source_RBK, token_RBK)
+
+    def _remember(self, frame_R: np.ndarray, source_RBK: np.ndarray, token_RBK: np.ndarray) -> None:
+        """Add a chunk to the hypotheses.
+
+        Args:
+          frame_R: of the chunk, for each time that the beams were extended.
+          source_RBK, token_RBK: then, which place of the beam a hypothesis came from, and the token
+            that it added, blank for none.
+        """
+        R, B, K = source_RBK.shape
+        # numpy: the same small look-ups cost torch several times as much.
+        stream_B1, place_BK = np.arange(B)[:, None], np.tile(np.arange(K), (B, 1))
+        added_RBK = np.empty_like(token_RBK)
+        for r in reversed(range(R)):
+            added_RBK[r] = token_RBK[r, stream_B1, place_BK]
+            place_BK = source_RBK[r, stream_B1, place_BK]
+        self.rest = [
+            _taken(rest_K, place_K) for rest_K, place_K in zip(self.rest, place_BK.tolist())
+        ]
+        r_E, b_E, k_E = (added_RBK != self.blank).nonzero()
+        frame_E = self.frames_seen_B.numpy()[b_E] + frame_R[r_E]
+        for b, k, token, frame in zip(*_lists(b_E, k_E, added_RBK[r_E, b_E, k_E], frame_E)):
+            self.rest[b][k].append((token, frame))
+
+        gone_BK = (self.log_prob_BK == float("-inf")).tolist()
+        for agreed, rest_K, gone_K in zip(self.agreed, self.rest, gone_BK):
+            # A place without a hypothesis never has one that counts again.
+            there = [rest for rest, gone in zip(rest_K, gone_K) if not gone] or rest_K
+            num_shared = _num_shared(there)
+            for token, frame in there[0][:num_shared]:
+                agreed.tokens.append(token)
+                agreed.frames.append(frame)
+            for rest, gone in zip(rest_K, gone_K):
+                del rest[: len(rest) if gone else num_shared]
 
     def _frame(
         self, encoder_AJ: Tensor, beams: tuple[Tensor, Tensor, Tensor]
@@ -390,23 +445,14 @@ class BeamSearch(_Search):
         place_B = normalized_BK.argmax(dim=1)
         log_probs = self.log_prob_BK.gather(1, place_B[:, None])[:, 0].tolist()
 
-        # numpy: the same small look-ups cost torch several times as much.
-        place_B, streams_B = place_B.cpu().numpy(), np.arange(self.batch_size)
-        hypotheses = [Hypothesis(log_prob=log_prob) for log_prob in log_probs]
-        for frames_seen_B, frame_R, source_RBK, token_RBK in reversed(self.history):
-            token_RB = np.empty(token_RBK.shape[:2], dtype=np.int64)
-            for r in range(len(token_RBK) - 1, -1, -1):
-                token_RB[r] = token_RBK[r, streams_B, place_B]
-                place_B = source_RBK[r, streams_B, place_B]
-            r_E, b_E = (token_RB[::-1] != self.blank).nonzero()
-            r_E = len(token_RB) - 1 - r_E
-            frames_E = frames_seen_B[b_E] + frame_R[r_E]
-            for b, token, frame in zip(*_lists(b_E, token_RB[r_E, b_E], frames_E)):
-                hypotheses[b].tokens.append(token)
-                hypotheses[b].frames.append(frame)
-        for hypothesis in hypotheses:
-            hypothesis.tokens.reverse()
-            hypothesis.frames.reverse()
+        hypotheses = []
+        for agreed, rest_K, place, log_prob in zip(
+            self.agreed, self.rest, place_B.tolist(), log_probs
+        ):
+            rest = rest_K[place]
+            tokens = agreed.tokens + [token for token, _ in rest]
+            frames = agreed.frames + [frame for _, frame in rest]
+            hypotheses.append(Hypothesis(tokens, frames, log_prob))
         return hypotheses
 
 

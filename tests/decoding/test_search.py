@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from mvqkd.decoding.search import (
     BeamSearch,
@@ -172,6 +173,59 @@ def test_chunks_equal_the_whole(search_of, chunk):
         part_BTC = encoder_out_BTC[:, start : start + chunk]
         search.step(part_BTC, (lens_B - start).clamp(0, part_BTC.size(1)))
     check(search.finish(), [(h.tokens, h.frames, h.log_prob) for h in whole])
+
+
+class FramesAlone(nn.Module):
+    """A transducer whose logits are the encoder's output, whatever the tokens so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.joiner = lambda encoder, predictor, project_input: encoder + predictor
+        self.joiner.encoder_proj = self.joiner.decoder_proj = lambda x: x
+        self.decoder = lambda y_BU, need_pad: torch.zeros(len(y_BU), 1, 1)
+        self.decoder.blank_id, self.decoder.context_size = BLANK, 2
+
+
+def check_stream(search, encoder_out_BTC, lens_B, chunk):
+    """In chunks as at once, and of what all hypotheses share nothing is kept for each of them.
+
+    Returns the tokens of each utterance, and the most that a hypothesis had of its own.
+    """
+    search.step(encoder_out_BTC, lens_B)
+    whole = search.finish()
+    most = 0
+    for start in range(0, encoder_out_BTC.size(1), chunk):
+        part_BTC = encoder_out_BTC[:, start : start + chunk]
+        search.step(part_BTC, (lens_B - start).clamp(0, chunk))
+        most = max(most, *(len(rest) for rest_K in search.rest for rest in rest_K))
+        for agreed, partial, final in zip(search.agreed, search.partial(), whole):
+            shared = len(agreed.tokens)
+            assert agreed.tokens == partial.tokens[:shared] == final.tokens[:shared]
+            assert agreed.frames == partial.frames[:shared] == final.frames[:shared]
+        for rest_K, score_K in zip(search.rest, search.log_prob_BK):
+            there = [rest for rest, score in zip(rest_K, score_K) if score > -math.inf]
+            assert not all(there) or len({rest[0] for rest in there}) > 1
+            assert sum(map(len, rest_K)) == sum(map(len, there))
+    check(search.finish(), [(h.tokens, h.frames, h.log_prob) for h in whole])
+    return [h.tokens for h in whole], most
+
+
+def test_a_long_stream_holds_what_its_hypotheses_share_once():
+    lens_B = torch.tensor([400, 40, 400])
+    model, encoder_out_BTC, _ = make(lens=lens_B.tolist(), sharpness=3.0)
+    tokens, most = check_stream(BeamSearch(model, 4, 2), encoder_out_BTC, lens_B, 8)
+    assert 0 < most < len(tokens[0])
+
+
+def test_a_stream_that_always_agrees_again_holds_no_more_the_longer_it_is():
+    torch.manual_seed(0)
+    lens_B = torch.tensor([1500, 40, 1500])
+    logits_BTV = 50.0 * nn.functional.one_hot(torch.randint(0, 7, (3, 1500)), 7)
+    # Every 25 frames two symbols are likely, ever more alike: the beam of 2 forgets the last two.
+    for n, t in enumerate(range(10, 1500, 25), 1):
+        logits_BTV[:, t] = torch.tensor([-50.0, 0.0, -2 / n, -50.0, -50.0, -50.0, -50.0])
+    tokens, most = check_stream(BeamSearch(FramesAlone(), 2), logits_BTV, lens_B, 8)
+    assert len(tokens[0]) > 1200 and 0 < most <= 25 + 8
 
 
 @pytest.mark.parametrize("search_of", SEARCHES)
