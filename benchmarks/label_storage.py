@@ -1,6 +1,6 @@
 """Bytes that labels take on disk, beside lhotse's own writer.
 
-    python3 benchmarks/label_storage.py [--num_utterances 10000] [--seconds 12]
+    python3 -m benchmarks.label_storage [--num_utterances 10000] [--seconds 12]
 
 Random labels of utterances of one length go through `dump_labels`. Counted are the allocated
 blocks of all files but the manifest, and what the labels add to the manifest (gzip). Embeddings
