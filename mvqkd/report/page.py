@@ -32,11 +32,13 @@ from mvqkd.report import charts
 from mvqkd.report.media import data_uri, mp3, spectrogram_webp
 from mvqkd.report.table import (
     NO_DISTILLATION,
+    STREAMING_NOTE,
     StudentResult,
     all_test_sets,
     format_bytes,
     format_seconds,
     relative_reduction,
+    streaming_cells,
     table_cells,
     undistilled,
 )
@@ -450,8 +452,8 @@ def _headline(report: Report) -> list[dict[str, Any]]:
 
 
 def _without_name(cells: list[list[str]], names: Sequence[str]) -> list[list[str]]:
-    """The rows of the table with the students' own names, which tell them apart."""
-    return [cells[0], *([name, *line[1:]] for name, line in zip(names, cells[1:]))]
+    """The rows of a table with the students' own names, which tell them apart."""
+    return [*cells[:1], *([name, *line[1:]] for name, line in zip(names, cells[1:]))]
 
 
 def render_page(report: Report, settings: PageSettings) -> str:
@@ -492,6 +494,11 @@ def render_page(report: Report, settings: PageSettings) -> str:
         table=_without_name(
             table_cells(report.rows, all_test_sets(report.rows), named=True), report.names
         ),
+        streaming=_without_name(
+            streaming_cells(report.rows),
+            [name for name, row in zip(report.names, report.rows) if row.streaming],
+        ),
+        streaming_note=STREAMING_NOTE,
         sources=list(dict.fromkeys(r.paper_source for r in report.rows if r.paper_source)),
         storage=_storage_panels(report, looks),
         training=training,

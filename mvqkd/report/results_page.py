@@ -12,6 +12,7 @@ from mvqkd.report.confs import conf_digests
 from mvqkd.report.grids import conf_hash
 from mvqkd.report.table import (
     NOT_MEASURED,
+    STREAMING_NOTE,
     PaperResult,
     StudentResult,
     aligned,
@@ -19,6 +20,7 @@ from mvqkd.report.table import (
     format_seconds,
     read_document,
     read_results,
+    streaming_cells,
     wer_table,
 )
 
@@ -161,6 +163,8 @@ def run_section(
       other: the sections of its results.json beside the students.
     """
     text = f"## {name}\n\n{wer_table(rows)}\n"
+    if streaming := streaming_cells(rows):
+        text += f"{STREAMING_NOTE}\n\n{_markdown(streaming)}\n"
     made = [
         [_kind(row), "-" if row.epochs is None else str(row.epochs), row.origin.conf_hash,
          str(row.origin.seed), row.origin.device, row.origin.date or "-"]

@@ -25,6 +25,13 @@ from mvqkd.files import written_aside
 
 NO_DISTILLATION = "none"
 NOT_MEASURED = "not measured"
+# Of `streaming_cells`.
+STREAMING_NOTE = (
+    "Streaming students. RTF: seconds of computing for a second of speech, in batches, from "
+    "features to tokens. Delay: how much later a token is emitted than where the same student "
+    "sees the whole utterance, the mean and what nine of ten tokens stay below; shown: the mean "
+    "with the wait for the end of its chunk."
+)
 
 
 @dataclass(frozen=True)
@@ -203,6 +210,31 @@ def table_cells(
                     f"{result.delta:+.2f} [{result.delta_lo:+.2f}, {result.delta_hi:+.2f}]"
                 )
         cells += [format_bytes(row.label_bytes_per_hour), format_seconds(row.training_seconds)]
+        body.append(cells)
+    return [header, *body]
+
+
+def streaming_cells(rows: Sequence[StudentResult]) -> list[list[str]]:
+    """The header and one line a streaming student: what decoding takes, and how late tokens come.
+
+    Nothing where the delay of none is known. ``STREAMING_NOTE`` says what the columns are.
+    """
+    streaming = [row for row in rows if row.streaming]
+    test_sets = all_test_sets(streaming)
+    if not any(result.emission_delay for row in streaming for result in row.test_sets.values()):
+        return []
+    header = ["student", "distillation", "epochs", "RTF"]
+    for test_set in test_sets:
+        header += [f"{test_set} delay", f"{test_set} 90%", f"{test_set} shown"]
+    body = []
+    for row in streaming:
+        cells = [row.name, row.distillation, "-" if row.epochs is None else str(row.epochs)]
+        cells.append("-" if row.rtf is None else f"{row.rtf:.4f}")
+        for test_set in test_sets:
+            result = row.test_sets.get(test_set)
+            delay = result.emission_delay if result else None
+            for value in ("mean", "p90", "shown"):
+                cells.append(f"{delay[value]:.2f} s" if delay else "-")
         body.append(cells)
     return [header, *body]
 

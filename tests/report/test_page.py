@@ -229,6 +229,18 @@ def test_streaming_students_are_apart(report):
     page = Page(render_page(report, PageSettings()))
     assert "whole utterance" in page.text and "streaming" in page.text
     assert compared_pair(report.names, report.rows) is None
+    assert "streaming" not in page.sections()
+
+
+def test_streaming_students_have_their_speed_and_delay(report):
+    streaming = row("mvq", 10.0, streaming=True, rtf=0.0125)
+    delay = {"tokens": 9, "mean": 0.12, "p90": 0.36, "shown": 0.5}
+    result = dataclasses.replace(streaming.test_sets["test"], emission_delay=delay)
+    report.rows[1] = dataclasses.replace(streaming, test_sets={"test": result})
+    page = Page(render_page(report, PageSettings()))
+    assert page.sections()[:2] == ["wer", "streaming"] and page.all("a", href="#streaming")
+    header, line = "RTFtest delaytest 90%test shown", "mvqmvq-0.01250.12 s0.36 s0.50 s"
+    assert f"{header} {line}" in page.text
 
 
 def test_published_numbers_lie_beside_ours(report):

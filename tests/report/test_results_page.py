@@ -95,6 +95,17 @@ def test_run_has_its_table_and_origin(tmp_path):
     assert page.endswith("## Notes\n\nMine.\n")
 
 
+def test_streaming_students_have_their_delay_below_the_error_rates(tmp_path):
+    assert "Streaming students." not in page_of(tmp_path, [], small=RUN)
+    result = {**ROW["test_sets"]["test"], "emission_delay": {"mean": 0.1, "p90": 0.2, "shown": 0.3}}
+    row = {**ROW, "streaming": True, "rtf": 0.01, "test_sets": {"test": result}}
+    page = page_of(tmp_path, [], small={**RUN, "students": [ROW, row]})
+    page = page[page.index("Streaming students. RTF: ") :]
+    found = cells_of(page, "conformer")
+    assert found == ["conformer", "none", "3", "0.0100", "0.10 s", "0.20 s", "0.30 s"]
+    assert page.index("0.30 s") < page.index("Teacher, WER by greedy CTC")
+
+
 def test_students_whose_confs_have_changed_are_named(tmp_path, monkeypatch):
     calls = []
 

@@ -15,6 +15,7 @@ from mvqkd.report.table import (
     read_results,
     relative_reduction,
     results_document,
+    streaming_cells,
     undistilled,
     wer_table,
     with_paper,
@@ -131,6 +132,24 @@ def test_text_gives_each_test_set_a_table():
 def test_no_rows():
     assert cells(wer_table([]).splitlines()[0])[0] == "student"
     assert wer_table([], style="text") == "\n"
+
+
+def test_streaming_students_have_their_speed_and_delay():
+    delay = {"tokens": 9, "mean": 0.121, "p90": 0.36, "shown": 0.5}
+    clean = dataclasses.replace(CLEAN, emission_delay=delay)
+    streaming = dataclasses.replace(
+        STREAMING, test_sets={**STREAMING.test_sets, "test-clean": clean}, rtf=0.0123
+    )
+    mvq = dataclasses.replace(MVQ, streaming=True, epochs=None)
+    assert streaming_cells([BASE, streaming, mvq]) == [
+        ["student", "distillation", "epochs", "RTF"]
+        + [f"{part} {what}" for part in ("test-clean", "test-other")
+           for what in ("delay", "90%", "shown")],
+        ["conformer", "none", "8", "0.0123", "0.12 s", "0.36 s", "0.50 s", "-", "-", "-"],
+        ["conformer", "mvq", "-", "-", "-", "-", "-", "-", "-", "-"],
+    ]  # fmt: skip
+    # None is streaming, or nothing is known of those that are.
+    assert streaming_cells([BASE, MVQ]) == streaming_cells(ROWS) == []
 
 
 def test_nothing_published_gives_no_column():
