@@ -15,7 +15,15 @@ from mvqkd import cli
 from mvqkd.data.manifests import read_cuts
 from mvqkd.device import pick_device
 from mvqkd.teachers import load_teacher, read_origin
-from mvqkd.teachers.ctc import CtcTask, HubertSettings, add_ctc_head, new_hubert
+from mvqkd.teachers.ctc import (
+    CtcTask,
+    HubertSettings,
+    add_ctc_head,
+    claim_for_symbols,
+    new_hubert,
+    symbols_from,
+    symbols_of,
+)
 from mvqkd.teachers.trained import save_trained
 from mvqkd.training.loop import TrainingSettings, train
 
@@ -32,6 +40,10 @@ class Settings:
     out_dir: Path
     # A teacher to go on from; none: random weights.
     init: str | None = None
+    # Characters of a new CTC head; none: those of the training transcripts.
+    symbols: str | None = None
+    # Give `init` a new head though it has one.
+    new_head: bool = False
     device: str = "auto"
     mask_inputs: bool = True
     # Each epoch has each utterance at one of these, at random.
@@ -44,10 +56,15 @@ class Settings:
 def main(settings: Settings) -> None:
     device = pick_device(settings.device)
     seed = settings.training.seed
-    teacher = load_teacher(settings.init) if settings.init else new_hubert(settings.hubert, seed)
-    if teacher.vocabulary is None:
-        add_ctc_head(teacher, seed)
     train_cuts = CutSet.from_cuts(c for path in settings.train_manifests for c in read_cuts(path))
+    teacher = load_teacher(settings.init) if settings.init else None
+    if teacher is None or teacher.vocabulary is None or settings.new_head:
+        given = settings.symbols
+        symbols = symbols_of(train_cuts) if given is None else symbols_from(given)
+        if teacher is None:
+            teacher = new_hubert(settings.hubert, seed, symbols)
+        else:
+            add_ctc_head(teacher, seed, symbols)
     task = CtcTask(
         teacher,
         train_cuts,
@@ -58,6 +75,7 @@ def main(settings: Settings) -> None:
         settings.mask_inputs,
         settings.speed_factors,
     )
+    claim_for_symbols(settings.work_dir, teacher.vocabulary)
     train(task, settings.training, settings.work_dir, device)
     save_trained(
         teacher,

@@ -13,7 +13,7 @@ from mvqkd.decoding.scoring import save_results
 from mvqkd.device import describe_device, pick_device
 from mvqkd.files import written_aside
 from mvqkd.teachers import load_teacher
-from mvqkd.teachers.ctc import transcribe_cuts
+from mvqkd.teachers.ctc import Spelling, transcribe_cuts
 
 
 @dataclass
@@ -37,7 +37,9 @@ def main(settings: Settings) -> None:
     else:
         for path in settings.test_manifests:
             part = path.name.split(".")[0]
-            results = transcribe_cuts(teacher, read_cuts(path), device, settings.max_duration)
+            cuts = read_cuts(path)
+            Spelling(teacher.vocabulary).warn_of_lacking(part, cuts)
+            results = transcribe_cuts(teacher, cuts, device, settings.max_duration)
             counts = save_results(settings.out_dir, part, "ctc_greedy_search", results)
             logging.info(counts.line(f"{part}-ctc_greedy_search"))
             wers[part] = counts.wer

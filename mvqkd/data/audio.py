@@ -35,6 +35,11 @@ def num_samples(cut) -> int:
     return compute_num_samples(cut.duration, SAMPLE_RATE)
 
 
+def transcript_of(cut) -> str:
+    """What is said in ``cut``; empty where nobody has written it down."""
+    return (cut.supervisions[0].text or "") if cut.supervisions else ""
+
+
 def load_audio(cut) -> np.ndarray:
     """Samples (L,) of ``cut`` at 16 kHz, whatever its own sampling rate is.
 
@@ -75,7 +80,7 @@ def _padded(cuts: Sequence, samples: Sequence[np.ndarray]) -> AudioBatch:
         ids=[cut.id for cut in cuts],
         waveforms_BL=torch.nn.utils.rnn.pad_sequence(waves, batch_first=True),
         lengths_B=torch.tensor([len(w) for w in waves]),
-        texts=[cut.supervisions[0].text if cut.supervisions else "" for cut in cuts],
+        texts=[transcript_of(cut) for cut in cuts],
     )
 
 

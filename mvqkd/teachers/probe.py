@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mvqkd.data import SAMPLE_RATE
-from mvqkd.data.audio import load_audio
+from mvqkd.data.audio import load_audio, transcript_of
 from mvqkd.data.labels import speed_of
 from mvqkd.decoding.scoring import Result, wer_interval, word_error_rate
 from mvqkd.errors import RecipeError
@@ -42,6 +42,7 @@ from mvqkd.quantizer.frames import frame_statistics
 from mvqkd.quantizer.study import unseen_rrl
 from mvqkd.quantizer.trainer import QuantizerSettings
 from mvqkd.teachers.base import Teacher
+from mvqkd.teachers.ctc import plain_text
 from mvqkd.teachers.embeddings import Part, SampleSettings, open_sample, sample_layers
 
 # Utterances, of which some are kept from the probe, and one at least tells when to stop.
@@ -87,11 +88,7 @@ def pick_speech(cuts: CutSet, settings: ProbeSettings) -> CutSet:
       RecipeError: there are too few.
     """
     # Copies at another speed of what the probe is fitted to are not unseen.
-    usable = [
-        cut
-        for cut in cuts
-        if cut.supervisions and (cut.supervisions[0].text or "").strip() and speed_of(cut) == 1
-    ]
+    usable = [cut for cut in cuts if transcript_of(cut).strip() and speed_of(cut) == 1]
     order = np.random.default_rng(settings.seed).permutation(len(usable))
     ends = itertools.accumulate(usable[i].duration for i in order)
     chosen = [usable[i] for i, end in zip(order, ends) if end <= 60 * settings.minutes]
@@ -107,7 +104,7 @@ def pick_speech(cuts: CutSet, settings: ProbeSettings) -> CutSet:
 
 def text_of(cut) -> str:
     """The characters that count, in capitals, words parted by one space."""
-    return " ".join(cut.supervisions[0].text.upper().split())
+    return plain_text(plain_text(transcript_of(cut)).upper())
 
 
 def probe_teacher(

@@ -1,15 +1,33 @@
-"""CTC training of the embedded teacher."""
+"""CTC training of teachers, in whatever script."""
+
+import json
+import logging
+import unicodedata
 
 import pytest
 import torch
+import yaml
 from lhotse import CutSet
 from lhotse.utils import fastcopy
 from torch.nn import functional as F
 
+from local import train_teacher, verify_teacher
 from mvqkd.data.audio import collate_audio
+from mvqkd.data.manifests import write_cuts
 from mvqkd.errors import RecipeError
-from mvqkd.teachers.ctc import SYMBOLS, CtcTask, HubertSettings, new_hubert, transcribe_cuts
-from tests.conftest import CPU, tiny_hubert
+from mvqkd.teachers import load_teacher
+from mvqkd.teachers.ctc import (
+    SYMBOLS,
+    CtcTask,
+    HubertSettings,
+    Spelling,
+    new_hubert,
+    symbols_from,
+    symbols_of,
+    transcribe_cuts,
+)
+from mvqkd.training.loop import TrainingSettings
+from tests.conftest import CPU, ROOT, tiny_hubert
 
 
 def settings(**changes):
@@ -116,13 +134,130 @@ def test_batches_are_those_of_seed_and_epoch(make_task, plain_cuts):
     assert [b.ids for b, _ in task.batches(0, 1)] == orders[0][1:]
 
 
-def test_foreign_symbol_gets_its_line(make_task, plain_cuts):
-    cut = next(iter(plain_cuts))
-    supervision = fastcopy(cut.supervisions[0], text="GRÜSSE")
-    cuts = CutSet.from_cuts([fastcopy(cut, supervisions=[supervision])])
-    task = make_task(cuts)
-    with pytest.raises(RecipeError, match=f"cut {cut.id}: its transcript has 'Ü'"):
-        task.loss(collate_audio(cuts), 0, 1.0)
+def saying(texts, cuts):
+    """Those cuts with other transcripts."""
+    return CutSet.from_cuts(
+        fastcopy(cut, supervisions=[fastcopy(cut.supervisions[0], text=text)] if text else [])
+        for cut, text in zip(cuts, texts)
+    )
+
+
+def test_training_transcripts_that_the_symbols_cannot_spell(make_task, plain_cuts):
+    cuts = saying(["GOOD", "GRÜSSE, MAẞE", "A|B"], plain_cuts)
+    second = list(cuts)[1].id
+    with pytest.raises(RecipeError) as caught:
+        make_task(cuts)
+    message = str(caught.value)
+    assert message.startswith(f"cut {second}: its transcript has ',', 'Ü', 'ẞ', no symbol of the")
+    assert "(2 of 3 transcripts have such: ',', '|', 'Ü', 'ẞ'); normalize them, " in message
+    assert "\n" not in message
+
+
+def test_spelling():
+    capitals, small = Spelling(SYMBOLS), Spelling(["<pad>", "<unk>", "|", *"abc"])
+    assert capitals("  don't\tgo ") == "DON'T GO" and small("A  Bc") == "a bc"
+    assert capitals.indexes("A 'b") == [3, 1, 2, 4]
+    assert Spelling("aBc")("Abc") == "Abc" and Spelling(["<pad>", "|", *"你好"])("A你b") == "A你b"
+    # No word boundary, no words.
+    assert Spelling(["<pad>", "A"])("a a") == "A A"
+    # One character, whether it is written as one or as two.
+    assert Spelling("й").indexes(unicodedata.normalize("NFD", "Й")) == [0]
+
+
+def test_symbols(plain_cuts):
+    texts = ["привет мир", unicodedata.normalize("NFD", "ёлка й|"), None]
+    assert symbols_of(saying(texts, plain_cuts)) == ["<pad>", "|", *"авеийклмпртё"]
+    assert symbols_from("'AB") == ["<pad>", "|", "'", "A", "B"]
+    with pytest.raises(RecipeError, match="training cuts: none has a transcript; give"):
+        symbols_of(saying([None, " "], plain_cuts))
+    for given, cause in {"ABA": "'A' is there", "A B": "' ' is there", "": "empty"}.items():
+        with pytest.raises(RecipeError, match=f"^symbols: {cause}"):
+            symbols_from(given)
+
+
+def test_shipped_teacher_and_its_conf_keep_their_symbols():
+    table = json.loads((ROOT / "egs/mini/teacher/vocab.json").read_text())
+    assert sorted(table, key=table.get) == SYMBOLS
+    conf = yaml.safe_load((ROOT / "egs/mini/conf/teacher-training.yaml").read_text())
+    assert symbols_from(conf["symbols"]) == SYMBOLS
+
+
+@pytest.fixture
+def script_settings(tmp_path):
+    def make(train, dev, **changes):
+        for name, cuts in (("train", train), ("dev", dev)):
+            write_cuts(cuts, tmp_path / f"{name}.jsonl.gz")
+        values = {
+            "train_manifests": [tmp_path / "train.jsonl.gz"],
+            "dev_manifests": [tmp_path / "dev.jsonl.gz"],
+            "work_dir": tmp_path / "training",
+            "out_dir": tmp_path / "teacher",
+            "device": "cpu",
+            "mask_inputs": False,
+            "hubert": settings(),
+            "training": TrainingSettings(num_epochs=1, optimizer="adamw", lr=5e-3, keep_epochs=1),
+        }
+        return train_teacher.Settings(**{**values, **changes})
+
+    return make
+
+
+def test_teacher_of_other_scripts(script_settings, plain_cuts, tmp_path, caplog):
+    text = "йа 你好"
+    (cut,) = saying([unicodedata.normalize("NFD", text)], plain_cuts)
+    cut = cut.truncate(duration=0.5)
+    # An epoch of as many steps.
+    said = CutSet.from_cuts(cut.with_id(f"{number}") for number in range(120))
+    strange = saying([text + " Ж!"], said)
+    surely = dict.fromkeys(("hidden_dropout", "attention_dropout", "activation_dropout"), 0.0)
+    surely |= {"feat_proj_dropout": 0.0, "final_dropout": 0.0, "layerdrop": 0.0}
+    given = script_settings(said, strange, hubert=settings(**surely), max_duration=0.6)
+    with caplog.at_level(logging.WARNING):
+        train_teacher.main(given)
+    assert [r.getMessage() for r in caplog.records] == [
+        "dev: 1 of 1 transcripts have characters that are no symbols of the teacher ('!', 'ж'); "
+        "they count as errors"
+    ]
+
+    teacher = load_teacher(tmp_path / "teacher")
+    assert teacher.vocabulary == ["<pad>", "|", *"ай你好"]
+    batch = collate_audio(CutSet.from_cuts([cut]))
+    assert teacher.transcribe(batch.waveforms_BL, batch.lengths_B) == [text]
+    caplog.clear()
+    verify = verify_teacher.Settings(
+        str(tmp_path / "teacher"), given.train_manifests, tmp_path / "wer", device="cpu"
+    )
+    with caplog.at_level(logging.WARNING):
+        verify_teacher.main(verify)
+    assert json.loads((tmp_path / "wer/wer.json").read_text())["wer"] == {"train": 0.0}
+    assert not caplog.records
+    verify.test_manifests = given.dev_manifests
+    with caplog.at_level(logging.WARNING):
+        verify_teacher.main(verify)
+    assert [r.getMessage()[:24] for r in caplog.records] == ["dev: 1 of 1 transcripts "]
+    assert json.loads((tmp_path / "wer/wer.json").read_text())["wer"]["dev"] > 0
+
+
+def test_head_of_init_stays_unless_another_is_asked_for(script_settings, plain_cuts, tmp_path):
+    english, russian = (saying([text], plain_cuts) for text in ("a bad", "да нет"))
+    given = script_settings(english, english, symbols="DCBA")
+    train_teacher.main(given)
+    symbols = ["<pad>", "|", *"DCBA"]
+    assert load_teacher(tmp_path / "teacher").vocabulary == symbols
+
+    on = {"init": str(tmp_path / "teacher"), "work_dir": tmp_path / "b", "out_dir": tmp_path / "c"}
+    train_teacher.main(script_settings(english, english, **on))
+    assert load_teacher(tmp_path / "c").vocabulary == symbols
+    with pytest.raises(
+        RecipeError, match=r"symbols\.json: the training there is of other symbols;"
+    ):
+        train_teacher.main(script_settings(russian, russian, **on, new_head=True))
+    on["work_dir"] = tmp_path / "d"
+    with pytest.raises(RecipeError, match=r"no symbol of the teacher .* or set new_head: true"):
+        train_teacher.main(script_settings(russian, russian, **on))
+    train_teacher.main(script_settings(russian, russian, **on, new_head=True))
+    teacher = load_teacher(tmp_path / "c")
+    assert teacher.vocabulary == ["<pad>", "|", *"адент"] and teacher.dim == 32
 
 
 def test_word_error_rate_of_a_perfect_teacher(make_task, plain_cuts, monkeypatch):

@@ -21,7 +21,7 @@ from mvqkd.students.conformer import ConformerSettings
 from mvqkd.students.scaling import ActivationBalancer
 from mvqkd.students.task import StudentTask
 from mvqkd.students.transducer import TransducerSettings, build_transducer
-from mvqkd.teachers.ctc import SYMBOLS, CtcTask
+from mvqkd.teachers.ctc import SYMBOLS, CtcTask, Spelling
 from mvqkd.teachers.hubert import HubertTeacher
 from mvqkd.training.checkpoint import load_checkpoint
 from mvqkd.training.loop import TrainingSettings, train
@@ -156,7 +156,7 @@ class TeacherHalves(CtcTask):
             True, list(SYMBOLS), "tiny")  # fmt: skip
         self.epoch_seconds, self._dev_cuts, self._device = 4.0, {}, CPU
         self._mask_inputs = False
-        self._symbol_ids = {symbol: index for index, symbol in enumerate(SYMBOLS)}
+        self._spelling = Spelling(SYMBOLS)
         self.shares = share(count, size)
 
     def batches(self, epoch, start):
