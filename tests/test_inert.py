@@ -2,6 +2,7 @@
 
 import collections
 import io
+import json
 import os
 import pathlib
 import pickle
@@ -11,6 +12,13 @@ import zipfile
 
 import pytest
 import torch
+from transformers import (
+    HubertForCTC,
+    Wav2Vec2ForCTC,
+    WavLMForCTC,
+    WhisperFeatureExtractor,
+    WhisperModel,
+)
 
 from mvqkd.errors import RecipeError
 from mvqkd.inert import read_inert
@@ -18,6 +26,13 @@ from mvqkd.teachers import load_teacher
 from tests.conftest import ROOT
 
 GOLDEN = ROOT / "tests/golden/fairseq"
+# By model_type.
+FOLDERS = {
+    "hubert": HubertForCTC,
+    "wav2vec2": Wav2Vec2ForCTC,
+    "wavlm": WavLMForCTC,
+    "whisper": WhisperModel,
+}
 
 
 def test_plain_data():
@@ -105,6 +120,46 @@ def test_planted_code_is_refused_and_not_run(tmp_path):
     with zipfile.ZipFile(path) as archive:
         pickle.loads(archive.read("planted/data.pkl"))
     assert prey.exists()
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+@pytest.mark.parametrize("in_parts", [True, False])
+@pytest.mark.parametrize("name, model_class", FOLDERS.items(), ids=FOLDERS)
+def test_planted_code_in_a_folder_is_refused_and_not_run(
+    tmp_path, name, model_class, in_parts, as_zip
+):
+    """In transformers' layout, of which no pickle is read by the recipe itself."""
+    prey, weights = tmp_path / "made-by-the-pickle", tmp_path / "pytorch_model.bin"
+    config = model_class.config_class(vocab_size=5, num_hidden_layers=1, encoder_layers=1)
+    config.save_pretrained(tmp_path)
+    assert f'"model_type": "{name}"' in (tmp_path / "config.json").read_text()
+    if in_parts:
+        index = {"metadata": {}, "weight_map": {"lm_head.bias": "pytorch_model-00001-of-00001.bin"}}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        weights = tmp_path / index["weight_map"]["lm_head.bias"]
+    planted = {"lm_head.bias": torch.zeros(5), "more": Call(io.open, str(prey), "w")}
+    torch.save(planted, weights, _use_new_zipfile_serialization=as_zip)
+    if name == "whisper":
+        WhisperFeatureExtractor().save_pretrained(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        load_teacher(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}: its pickled weights are refused and not run: ")
+    assert " the file holds io.open, which is no weight; fetch it again" in message
+    assert "\n" not in message and not prey.exists()
+    # That it would have run elsewhere.
+    torch.load(weights, weights_only=False)
+    assert prey.exists()
+
+
+def test_folder_with_a_damaged_pickle(tmp_path):
+    HubertForCTC.config_class(num_hidden_layers=1).save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"no pickle")
+    with pytest.raises(
+        RecipeError, match=r"the file is damaged, or no weights; fetch it"
+    ) as caught:
+        load_teacher(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import re
 import warnings
 from collections.abc import Sequence
@@ -236,7 +237,8 @@ def load_pretrained(
     """``from_pretrained`` in float32 with transformers' report of the keys that it missed.
 
     Raises:
-      RecipeError: files are missing, damaged or of another size than config.json says.
+      RecipeError: files are missing, damaged or of another size than config.json says, or a pickle
+        among them holds more than tensors; it is not run.
     """
     transformers_logging.disable_progress_bar()
     verbosity = transformers_logging.get_verbosity()
@@ -245,8 +247,20 @@ def load_pretrained(
     try:
         config = model_class.config_class.from_json_file(folder / "config.json")
         return model_class.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True, **options
+            folder,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            weights_only=True,  # whatever the default becomes
+            **options,
         )
+    except pickle.UnpicklingError as error:  # which tells how to run it all the same
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        cause = f"holds {name[1]}, which is no weight" if name else "is damaged, or no weights"
+        raise RecipeError(
+            f"{folder}: its pickled weights are refused and not run: the file {cause}; fetch it "
+            "again from whom you trust, as safetensors where they have it"
+        ) from error
     except Exception as error:  # transformers, safetensors and torch each raise their own
         raise RecipeError(
             f"{folder}: cannot be loaded ({reason_of(error)}); fetch it again"
