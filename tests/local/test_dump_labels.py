@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from lhotse import CutSet
 from lhotse.utils import fastcopy
 
 from local.dump_labels import MoreLabels, Settings, main, make_kinds
-from mvqkd.data.labels import LabelSettings
+from mvqkd.data.labels import Dumper, LabelSettings
 from mvqkd.data.manifests import write_cuts
 from mvqkd.errors import RecipeError
-from mvqkd.quantizer import save_quantizer
+from mvqkd.quantizer import Quantizer, save_quantizer
 from mvqkd.teachers.ctc import SYMBOLS
 from mvqkd.teachers.hubert import HubertTeacher
 from tests.conftest import ROOT, tiny_hubert
@@ -227,6 +228,62 @@ def test_job_that_would_write_other_labels_is_refused(job, whole, monkeypatch):
     write_cuts(cuts.subset(first=3), Path("train.jsonl.gz"))
     with pytest.raises(RecipeError, match="made from cuts 12 of sha256"):
         main(settings())
+    assert written(job) == whole
+
+
+def other_layer(kind):
+    return 1 if kind == "layer" else 2
+
+
+def other_job(job, kind, quantizer):
+    """Settings that would leave other labels in the same folder."""
+    if kind == "quantizer":
+        quantizer = Quantizer(32, 256, 4, generator=torch.Generator().manual_seed(2))
+        quantizer.set_id_from_weights()
+    save_quantizer(job / "other.pt", quantizer, {"teacher": "tiny", "layer": other_layer(kind)})
+    other = settings()
+    other.quantizer = Path("other.pt")
+    return other
+
+
+@pytest.mark.parametrize("kind", ["layer", "quantizer"])
+def test_another_job_is_refused_while_one_is_at_work(job, whole, monkeypatch, quantizer, kind):
+    monkeypatch.chdir(job)
+    other, label, refused = other_job(job, kind, quantizer), Dumper.__call__, []
+
+    def with_another_beside(self, cuts, arrays, **options):
+        before = written(job)
+        try:
+            main(other)
+        except RecipeError as error:
+            refused.append(str(error))
+        assert written(job) == before
+        return label(self, cuts, arrays, **options)
+
+    monkeypatch.setattr(Dumper, "__call__", with_another_beside)
+    main(settings())
+    assert len(refused) == 6 and len(set(refused)) == 1
+    cause = f"'layer': {other_layer(kind)}, 'quantizer': "
+    assert refused[0].startswith("labels/shards/made-from.json: labels in this folder are made")
+    assert cause in refused[0].partition("this job's from")[2] and "\n" not in refused[0]
+    assert written(job) == whole
+
+
+def test_of_two_jobs_that_begin_at_once_the_later_is_refused(job, whole, monkeypatch, quantizer):
+    monkeypatch.chdir(job)
+    name, link = "labels/shards/made-from.json", os.link
+
+    def too_late(aside, path):
+        Path(path).write_bytes(whole[name])
+        link(aside, path)
+
+    monkeypatch.setattr(os, "link", too_late)
+    with pytest.raises(RecipeError, match=r"made-from\.json: labels in this folder are made from"):
+        main(other_job(job, "quantizer", quantizer))
+    assert written(job) == {name: whole[name]}
+    monkeypatch.undo()
+    monkeypatch.chdir(job)
+    main(settings())
     assert written(job) == whole
 
 
