@@ -16,6 +16,7 @@ import sys
 import tarfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
@@ -52,6 +53,7 @@ def download(
     timeout: float = 30.0,
     pause: float = 1.0,
     remedy: str = "check the network and run again",
+    authorization: str | None = None,
 ) -> Path:
     """Fetch ``url`` to ``path``; a file that exists there is whole.
 
@@ -66,6 +68,8 @@ def download(
         timeout: seconds without a byte after which an attempt counts as failed.
         pause: seconds before the second attempt, doubled before each later one.
         remedy: what the user is told to do when all attempts have failed.
+        authorization: the header of that name, for the host of ``url`` alone: where a redirect
+            leads elsewhere it is not sent.
 
     Raises:
         RecipeError: unreachable, refused, cut off each time, wrong checksum, or not writable.
@@ -80,7 +84,7 @@ def download(
         while True:
             resumed = _size(part) > 0
             try:
-                _attempt(url, part, validator, timeout, _Meter(path.name, progress))
+                _attempt(url, part, validator, timeout, _Meter(path.name, progress), authorization)
                 found = file_sha256(part)
                 if sha256 is None or found == sha256.lower():
                     break
@@ -189,7 +193,27 @@ def extract_files(archive: str | Path, folder: str | Path, pattern: str) -> Path
     return folder
 
 
-def _attempt(url: str, part: Path, validator: Path, timeout: float, meter: "_Meter") -> None:
+class _SameHostRedirects(urllib.request.HTTPRedirectHandler):
+    """Takes the authorization along to where the host itself leads, and nowhere else."""
+
+    def redirect_request(self, request, *args):
+        redirected = super().redirect_request(request, *args)
+        key = "Authorization"
+        if redirected is not None and key in request.unredirected_hdrs:
+            places = (urllib.parse.urlsplit(r.full_url) for r in (request, redirected))
+            if len({(place.scheme, place.netloc) for place in places}) == 1:
+                redirected.add_unredirected_header(key, request.unredirected_hdrs[key])
+        return redirected
+
+
+def _attempt(
+    url: str,
+    part: Path,
+    validator: Path,
+    timeout: float,
+    meter: "_Meter",
+    authorization: str | None,
+) -> None:
     """One request: append to ``part`` what it lacks. Returns when the file is complete.
 
     Raises _BrokenError where another attempt may help, HTTPError where none will.
@@ -198,11 +222,14 @@ def _attempt(url: str, part: Path, validator: Path, timeout: float, meter: "_Met
     request = urllib.request.Request(url, headers={"Accept-Encoding": "identity"})
     if request.type not in ("http", "https"):
         raise ValueError(f"unknown kind of URL {request.type!r}")
+    if authorization is not None:
+        request.add_unredirected_header("Authorization", authorization)
     if have:
         request.add_header("Range", f"bytes={have}-")
         if validator.is_file():
             request.add_header("If-Range", validator.read_text(encoding="latin-1"))
-    response = _network(lambda: urllib.request.urlopen(request, timeout=timeout), part, validator)
+    opener = urllib.request.build_opener(_SameHostRedirects)
+    response = _network(lambda: opener.open(request, timeout=timeout), part, validator)
     with response:
         if response.status == 206:
             match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))

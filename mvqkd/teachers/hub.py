@@ -5,7 +5,8 @@
 
 The files go to the hub's own cache (``HF_HOME``), in its layout, for all that use it on this
 machine; what is there already is taken without the network. huggingface_hub says what the model
-consists of, and `download` fetches it, since that goes on where a killed process has stopped.
+consists of, and `download` fetches it, since that goes on where a killed process has stopped. Both
+show the hub, and no other host, the user's token, which gated models ask for.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import (
+    GatedRepoError,
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import build_hf_headers
 
 from mvqkd.data.download import download
 from mvqkd.errors import RecipeError, reason_of
@@ -40,6 +43,7 @@ WEIGHTS = (
 )
 # Seconds that the hub may take to say what a model consists of.
 TIMEOUT = 10.0
+LOG_IN = "accept its terms there and set HF_TOKEN to a token of yours (or call hf auth login)"
 REMEDY = "or download it where there is a network, and give the folder"
 
 
@@ -96,6 +100,8 @@ def _fetch(
         return cache / "snapshots" / revision
     try:
         model = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=TIMEOUT)
+    except GatedRepoError as error:
+        raise RecipeError(f"{what} {name}: is gated on the hub; {LOG_IN}, {REMEDY}") from error
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise RecipeError(
             f"{what} {name}: no such folder or file, and no model of that name on the hub; check "
@@ -112,7 +118,15 @@ def _fetch(
         ) from error
     folder = cache / "snapshots" / model.sha
     for file in choose(model.siblings):
-        _download(name, model.sha, file, folder / file.rfilename)
+        try:
+            _download(name, model.sha, file, folder / file.rfilename)
+        except RecipeError as error:
+            if getattr(error.__cause__, "code", None) not in (401, 403):
+                raise
+            raise RecipeError(
+                f"{what} {name}: the hub refuses to give {file.rfilename}, as of a gated model; "
+                f"{LOG_IN}, {REMEDY}"
+            ) from error
     if revision != model.sha:
         # So that the hub's own tools find it under the branch's name.
         with written_aside(cache / "refs" / (revision or constants.DEFAULT_REVISION)) as aside:
@@ -135,8 +149,14 @@ def _of_teacher(name: str, files: list[RepoSibling]) -> list[RepoSibling]:
 
 def _download(name: str, commit: str, file: RepoSibling, path: Path) -> None:
     url = hf_hub_url(name, file.rfilename, revision=commit)
-    # Large files are known by the hash of their bytes, small ones by that of git.
-    download(url, path, sha256=file.lfs.sha256 if file.lfs else None, remedy=REMEDY[3:])
+    download(
+        url,
+        path,
+        # Large files are known by the hash of their bytes, small ones by that of git.
+        sha256=file.lfs.sha256 if file.lfs else None,
+        remedy=REMEDY[3:],
+        authorization=build_hf_headers().get("authorization"),
+    )
     if file.lfs is None:
         data = path.read_bytes()
         found = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

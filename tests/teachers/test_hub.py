@@ -1,5 +1,6 @@
 """Teachers by name, from a hub on this machine that cuts, lies and is silent."""
 
+import contextlib
 import hashlib
 import json
 import socket
@@ -32,9 +33,13 @@ class Hub(ThreadingHTTPServer):
         self.files = files
         self.cut = None  # the name of a file whose answers break off half-way
         self.spoilt = None  # the name of a file that comes with another byte
+        self.token = None  # without which it gives no file
+        self.store = None  # the URL of another server, to which it leads who asks for large files
+        self.renamed = False  # it leads who asks for files to the model's new name
         self.released = threading.Event()  # unless set, it accepts and says nothing
         self.released.set()
         self.seen = []
+        self.authorizations = []
 
     def handle_error(self, request, client_address):
         pass  # a client that gave up waiting
@@ -54,18 +59,35 @@ class Handler(BaseHTTPRequestHandler):
         server, path = self.server, self.path.split("?")[0]
         server.released.wait()
         server.seen.append((path, self.headers.get("Range")))
+        server.authorizations.append(self.headers.get("Authorization"))
         if path.startswith("/api/models/"):
             self.model(*path.removeprefix("/api/models/").partition("/revision/")[::2])
         else:
-            self.file(path.partition("/resolve/")[2].partition("/")[2])
+            self.gated_file(path)
 
-    def error(self, code):
-        self.send_response(404)
+    def gated_file(self, path):
+        server, name = self.server, path.partition("/resolve/")[2].partition("/")[2]
+        authorization = self.headers.get("Authorization")
+        if server.token and authorization != f"Bearer {server.token}":
+            self.error("GatedRepo", 403 if authorization else 401)
+        elif server.renamed and path.startswith("/lab/teacher/"):
+            self.error("", 307, path.replace("/teacher/", "/renamed/", 1))
+        elif server.store and name.endswith(LARGE):
+            self.error("", 302, f"{server.store}{path}")
+        else:
+            self.file(name)
+
+    def error(self, code, status=404, location=None):
+        self.send_response(status)
         self.send_header("X-Error-Code", code)
+        if location:
+            self.send_header("Location", location)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
     def model(self, name, revision):
+        if name == "lab/gated":
+            return self.error("GatedRepo", 403)
         if name != "lab/teacher":
             return self.error("RepoNotFound")
         if revision not in ("", "main", COMMIT, NEWER):
@@ -108,20 +130,28 @@ def files(tmp_path_factory):
     return files
 
 
-@pytest.fixture
-def server(files, tmp_path, monkeypatch):
+@contextlib.contextmanager
+def served(files):
+    """The server and its URL."""
     with Hub(dict(files)) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
-        url = f"http://127.0.0.1:{server.server_port}"
+        yield server, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def server(files, tmp_path, monkeypatch):
+    with served(files) as (server, url):
         monkeypatch.setattr(constants, "ENDPOINT", url)
         template = url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setattr("mvqkd.data.download.time.sleep", lambda seconds: None)
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def asked(server):
@@ -212,6 +242,49 @@ def test_what_the_hub_does_not_have(server, name, revision, cause):
     with pytest.raises(RecipeError, match=f"^teacher {name}: .*{cause}") as caught:
         load_teacher(name, revision)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_gated_model(server, files, tmp_path, monkeypatch, stored):
+    server.token = "hf_secret"
+    with pytest.raises(RecipeError) as caught:
+        hub.fetch("lab/teacher", COMMIT)
+    message = str(caught.value)
+    assert message.startswith("teacher lab/teacher: the hub refuses to give config.json, as of a ")
+    assert "set HF_TOKEN" in message and "give the folder" in message and "\n" not in message
+    assert set(server.authorizations) == {None}
+    server.authorizations.clear()
+    if stored:  # as hf auth login leaves it
+        (tmp_path / "token").write_text("hf_secret")
+    else:
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    folder = hub.fetch("lab/teacher", COMMIT)
+    assert {path.name for path in folder.iterdir()} == wanted(files)
+    assert set(server.authorizations) == {"Bearer hf_secret"}
+    with pytest.raises(RecipeError, match=r"^teacher lab/gated: is gated on the hub; accept its"):
+        hub.fetch("lab/gated", COMMIT)
+
+
+def test_token_is_for_the_hub_alone(server, files, monkeypatch):
+    """Which leads to another host for large files, and to itself for a model with a new name."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    server.token, server.renamed = "hf_secret", True
+    with served(files) as (store, server.store):
+        folder = hub.fetch("lab/teacher", COMMIT)
+        assert {path.name for path in folder.iterdir()} == wanted(files)
+        assert [path.rpartition("/")[2] for path, _ in store.seen] == ["model.safetensors"]
+        assert store.authorizations == [None]
+    assert set(server.authorizations) == {"Bearer hf_secret"}
+    new = [path for path, _ in server.seen if path.startswith("/lab/renamed/")]
+    assert len(new) == len(wanted(files))
+    # Nor does it come back with who is led back.
+    server.seen.clear()
+    (folder / "model.safetensors").unlink()
+    with served(files) as (store, server.store):
+        store.store = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(RecipeError, match=r"refuses to give model\.safetensors"):
+            hub.fetch("lab/teacher", COMMIT)
+    assert server.authorizations[-1] is None
 
 
 def test_files_by_name_wherever_they_lie(server, files):
