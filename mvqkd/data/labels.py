@@ -34,7 +34,8 @@ from lhotse.cut import Cut, MixedCut, PaddingCut
 from lhotse.features.io import close_cached_file_handles
 from lhotse.utils import fastcopy
 
-from mvqkd.data.audio import AudioBatch, check_bad, collate_good, list_bad, num_samples
+from mvqkd.data.audio import AudioBatch, collate_good, num_samples
+from mvqkd.data.bad_utterances import check_bad, list_bad
 from mvqkd.data.manifests import read_cuts, write_cuts
 from mvqkd.data.shards import ArrayFile, Shards
 from mvqkd.device import Precision, matrix_dtype

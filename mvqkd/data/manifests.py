@@ -21,6 +21,7 @@ from lhotse import CutSet
 from lhotse.recipes import prepare_librispeech
 
 from mvqkd.data import SAMPLE_RATE
+from mvqkd.data.bad_utterances import check_bad, list_bad
 from mvqkd.errors import RecipeError, reason_of
 from mvqkd.files import require, written_aside
 
@@ -81,18 +82,13 @@ def check_part(folder: Path, settings: CheckSettings) -> tuple[dict[str, str], i
     rates = Counter(rate for wrong, rate in found if rate and not wrong)
     part_rate = rates.most_common(1)[0][0] if rates else SAMPLE_RATE
     bad = {}
-    for utterance, (wrong, rate) in zip(utterances, found):
+    for (name, path, _), (wrong, rate) in zip(utterances, found):
         if not wrong and rate != part_rate:
             wrong = f"sampled at {rate} Hz, most of its part at {part_rate}; resample it"
         if wrong:
-            bad[utterance] = wrong
-    if len(bad) > settings.max_bad_share * len(utterances):
-        (_, path, _), reason = next(iter(bad.items()))
-        raise RecipeError(
-            f"{path}: {reason} ({len(bad)} of {len(utterances)} utterances in {folder} are bad, "
-            f"more than max_bad_share = {settings.max_bad_share} of conf/check.yaml)"
-        )
-    return {name: f"{path}: {reason}" for (name, path, _), reason in bad.items()}, part_rate
+            bad[name] = f"{path}: {wrong}"
+    check_bad(bad, len(utterances), settings.max_bad_share, "conf/check.yaml")
+    return bad, part_rate
 
 
 def prepare_part(corpus: Path, part: str, out: Path, settings: CheckSettings) -> CutSet:
@@ -109,10 +105,7 @@ def prepare_part(corpus: Path, part: str, out: Path, settings: CheckSettings) ->
     if rate != SAMPLE_RATE:
         cuts = CutSet.from_cuts(cut.resample(SAMPLE_RATE) for cut in cuts)
         logging.info(f"{part}: sampled at {rate} Hz, resampled to {SAMPLE_RATE} when it is read")
-    if bad:
-        listing = out.with_name(f"bad-utterances-{part}.txt")
-        listing.write_text("".join(f"{reason}\n" for reason in bad.values()))
-        logging.warning(f"{part}: {len(bad)} bad utterances left out, listed in {listing}")
+    list_bad(bad, out.with_name(f"bad-utterances-{part}.txt"))
     with written_aside(out) as aside:
         cuts.to_file(aside)
     hours = sum(c.duration for c in cuts) / 3600

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from lhotse import CutSet
 
-from mvqkd.data.audio import bucketed_batches, check_bad, collate_good, list_bad
+from mvqkd.data.audio import bucketed_batches, collate_good
+from mvqkd.data.bad_utterances import check_bad, list_bad
 from mvqkd.device import Precision, matrix_dtype
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
