@@ -19,7 +19,7 @@ import logging
 import math
 import re
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -50,7 +50,6 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and students do not n
 FIELD = "codebook_indexes"
 # The key of what is wrong with the cuts of a shard that have no labels: JSON, by cut id, as bytes.
 _BAD = "bad-utterances"
-CONF = "labels.yaml"
 ORIGIN_FIELD = "codebook_indexes_origin"
 # What padding of indexes is filled with: cross-entropy leaves it out. 0 would be a valid index.
 # Padding of embeddings is NaN: any number may be valid.
@@ -254,12 +253,19 @@ def compute_labels(
 class Dumper:
     """Gives cuts their labels, a shard at a time.
 
+    Args:
+      conf: where ``settings`` are set, for messages.
+
     Raises:
       RecipeError: there is nothing to dump, or two labels have one field.
     """
 
     def __init__(
-        self, kinds: Sequence[LabelKind], settings: LabelSettings, device: torch.device
+        self,
+        kinds: Sequence[LabelKind],
+        settings: LabelSettings,
+        device: torch.device,
+        conf: str = "labels.yaml",
     ) -> None:
         fields = [kind.field for kind in kinds]
         if not kinds:
@@ -274,7 +280,14 @@ class Dumper:
         self.kinds = list(kinds)
         self._settings, self._device = settings, device
         self._dtype = matrix_dtype(settings.precision, device)
-        self.max_bad_share = settings.max_bad_share
+        self._conf = conf
+
+    def check_bad(self, bad: Mapping[str, str], num_cuts: int) -> None:
+        """
+        Raises:
+          RecipeError: ``bad``, by id what is wrong with cuts, are too many of ``num_cuts``.
+        """
+        check_bad(bad, num_cuts, self._settings.max_bad_share, self._conf)
 
     def made_from(self) -> dict:
         """What the bytes of a shard follow from, beside its cuts."""
@@ -311,7 +324,7 @@ class Dumper:
             def computed():
                 for batch, audio, wrong in loaded:
                     bad.update(wrong)
-                    check_bad(bad, num_cuts or len(cuts), self.max_bad_share, CONF)
+                    self.check_bad(bad, num_cuts or len(cuts))
                     if batch:
                         yield batch, self._compute(audio), arrays
 
@@ -439,7 +452,7 @@ def dump_labels(cuts: CutSet, out: Path, dumper: Dumper, shard_size: int) -> Cut
     bad: dict[str, str] = {}
     for array in shards.stored(_BAD):
         bad.update(json.loads(array.tobytes()))
-    check_bad(bad, len(cuts), dumper.max_bad_share, CONF)
+    dumper.check_bad(bad, len(cuts))
     try:
         labelled = read_cuts(out) if out.exists() else shards.cuts()
     except FileNotFoundError:

@@ -281,9 +281,9 @@ class Shards:
 
     def cuts(self) -> CutSet:
         """Those of all shards, in the manifest's order."""
-        return CutSet.from_cuts(
-            cut for stem, _ in self._jobs for cut in CutSet.from_file(stem.with_suffix(".jsonl.gz"))
-        )
+        manifests = (CutSet.from_file(stem.with_suffix(".jsonl.gz")) for stem, _ in self._jobs)
+        # Of a shard that no cut is left of lhotse gives None.
+        return CutSet.from_cuts(cut for cuts in manifests if cuts is not None for cut in cuts)
 
     def stored(self, key: str) -> Iterator[np.ndarray]:
         """The array of that key of each shard that has one, in order.

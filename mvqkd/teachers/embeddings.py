@@ -48,8 +48,10 @@ def sample_embeddings(
     settings: SampleSettings,
     device: torch.device,
 ) -> None:
-    """`sample_layers` of one layer."""
-    sample_layers(cuts, teacher, {layer: out}, settings, device)
+    """`sample_layers` of one layer; bad utterances are listed in ``bad-utterances.txt`` beside
+    ``out``."""
+    listing = out.with_name("bad-utterances.txt")
+    sample_layers(cuts, teacher, {layer: out}, settings, device, listing)
 
 
 def sample_layers(
@@ -58,6 +60,8 @@ def sample_layers(
     outs: Mapping[int, Path],
     settings: SampleSettings,
     device: torch.device,
+    listing: Path,
+    conf: str = "sample.yaml",
 ) -> None:
     """Write, for each layer in ``outs``, its path (HDF5): float32 (F, D) data sets ``train`` and
     ``unseen``, each from whole utterances, what utterance begins where (``train-utterances``,
@@ -67,8 +71,10 @@ def sample_layers(
     The speech goes through the teacher once, and no more than a batch is held in memory.
     `open_sample` reads the files.
 
-    Utterances whose audio cannot be read, or is too short for a frame, are left out, and listed in
-    ``bad-utterances.txt`` beside the files.
+    Args:
+      listing: lists the utterances that are left out, whose audio cannot be read, or is too short
+        for a frame.
+      conf: where ``settings`` are set, for messages.
 
     Raises:
       RecipeError: fewer than two utterances, too many bad ones, or a frame with NaN or infinity.
@@ -104,7 +110,7 @@ def sample_layers(
             for batch_cuts in batches:
                 batch, wrong = collate_good(batch_cuts, teacher.check_length)
                 bad.update(wrong)
-                check_bad(bad, len(chosen), settings.max_bad_share, "sample.yaml")
+                check_bad(bad, len(chosen), settings.max_bad_share, conf)
                 if batch is None:
                     continue
                 embeddings, frames_B = teacher.embed_layers(
@@ -139,8 +145,7 @@ def sample_layers(
             file.attrs["layer"] = layer
             file.attrs["frame_shift"] = teacher.frame_shift
             file.attrs["frame_offset"] = teacher.frame_offset
-    for folder in {out.parent for out in outs.values()}:
-        list_bad(bad, folder / "bad-utterances.txt")
+    list_bad(bad, listing)
 
 
 @dataclass

@@ -61,6 +61,7 @@ class ProbeSettings:
       minutes: of speech, drawn at random from what is given.
       unseen_share: of the utterances, kept from fitting; at most a fifth.
       layers: of the teacher, from 1; none: all of them.
+      max_bad_share: of the utterances, that may be broken; they are left out and listed.
       max_duration: seconds of speech that go through the teacher at a time.
       steps, batch_size, lr, weight_decay: of the probe; utterances a step, AdamW, the rate falls
         to 0 in a straight line.
@@ -72,6 +73,7 @@ class ProbeSettings:
     minutes: float = 10
     unseen_share: float = 0.2
     layers: list[int] = field(default_factory=list)
+    max_bad_share: float = 0.05
     max_duration: float = 50
     steps: int = 400
     batch_size: int = 8
@@ -119,7 +121,8 @@ def probe_teacher(
 
     Args:
       cuts: what `pick_speech` gave.
-      work_dir: holds the embeddings of all layers meanwhile, 4 bytes a value.
+      work_dir: holds the embeddings of all layers meanwhile, 4 bytes a value; in the end, where
+        some of ``cuts`` cannot be read or are too short, ``bad-utterances.txt``.
       quantizer: of the codebooks whose RRL is measured.
     Returns:
       plain JSON values: ``teacher``; ``settings`` and ``quantizer``; ``minutes``,
@@ -127,21 +130,30 @@ def probe_teacher(
       of characters) and its 95% interval ``low``, ``high``; ``layers``, a list of the same with
       ``layer`` and ``rrl``; ``layer``, the one to take; ``carries_language``.
     Raises:
-      RecipeError: no such layer, or too little speech.
+      RecipeError: no such layer, too little speech, or too many bad utterances.
     """
     layers = settings.layers or list(range(1, teacher.num_layers + 1))
     for layer in layers:
         teacher.check_layer(layer)
     texts = {cut.id: text_of(cut) for cut in cuts}
     num_unseen = max(1, round(settings.unseen_share * len(texts)))
-    sample = SampleSettings(len(texts), num_unseen, settings.max_duration, settings.seed)
+    sample = SampleSettings(
+        len(texts),
+        num_unseen,
+        settings.max_duration,
+        settings.seed,
+        max_bad_share=settings.max_bad_share,
+    )
     rows = []
     work_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work_dir, prefix=".probe-") as folder:
         paths = {layer: Path(folder) / f"layer-{layer}.h5" for layer in layers}
-        sample_layers(cuts, teacher, paths, sample, device)
+        listing = work_dir / "bad-utterances.txt"
+        sample_layers(cuts, teacher, paths, sample, device, listing, "the key probe")
         with open_sample(paths[layers[0]]) as (train, unseen, _):
             ids = (train.utterances, unseen.utterances)
+        good = {*ids[0], *ids[1]}
+        cuts = CutSet.from_cuts(cut for cut in cuts if cut.id in good)
         symbols = sorted({character for name in ids[0] for character in texts[name]})
         filterbanks = _filterbanks(cuts)
         baseline = probe_error(
@@ -178,7 +190,7 @@ def probe_teacher(
         "settings": dataclasses.asdict(settings),
         "quantizer": dataclasses.asdict(quantizer),
         "minutes": sum(cut.duration for cut in cuts) / 60,
-        "num_utterances": len(texts),
+        "num_utterances": len(cuts),
         "num_unseen": len(ids[1]),
         "num_symbols": len(symbols),
         "filterbanks": baseline,

@@ -21,7 +21,8 @@ import torch
 from lhotse import CutSet
 from torch.nn import functional as F
 
-from mvqkd.data.audio import bucketed_batches, collate_audio
+from mvqkd.data.audio import bucketed_batches, collate_good
+from mvqkd.data.bad_utterances import check_bad
 from mvqkd.data.labels import Dumper, LabelSettings, Origin, dump_labels, out_of_range
 from mvqkd.data.manifests import read_cuts
 from mvqkd.device import matrix_dtype
@@ -31,6 +32,8 @@ from mvqkd.teachers.base import Teacher
 from mvqkd.training.checkpoint import load_checkpoint, save_checkpoint
 
 FIELD = "units"
+# Where `UnitSettings.labels` are set.
+CONF = "unit_labels.labels"
 _MOST_UNITS = 65536
 
 
@@ -175,28 +178,46 @@ class Units:
 
 
 def _sample_frames(
-    cuts: CutSet, teacher: Teacher, settings: UnitSettings, device: torch.device
+    cuts: CutSet,
+    num_labelled: int,
+    teacher: Teacher,
+    settings: UnitSettings,
+    device: torch.device,
 ) -> torch.Tensor:
-    """(F, D) of whole utterances."""
+    """(F, D) of whole utterances; bad ones are left out, and listed when all cuts are labelled.
+
+    Args:
+      num_labelled: how many those are, of which the bad ones may be a share.
+
+    Raises:
+      RecipeError: more of them are bad, or all that are looked at.
+    """
     everything, seed = list(cuts), settings.kmeans.seed
     order = np.random.default_rng(seed).permutation(len(everything))
     ends = itertools.accumulate(everything[i].duration for i in order)
     limit = 3600 * settings.kmeans.sample_hours
     chosen = [everything[i] for i, end in zip(order, ends) if end <= limit]
-    frames = []
+    frames, bad = [], {}
     teacher.to(device)
     dtype = matrix_dtype(settings.labels.precision, device)
     for batch_cuts in bucketed_batches(
         CutSet.from_cuts(chosen or everything[:1]), settings.labels.max_duration, seed, 0
     ):
-        batch = collate_audio(batch_cuts)
-        for cut_id, length in zip(batch.ids, batch.lengths_B.tolist()):
-            teacher.check_length(f"cut {cut_id}", length)
+        batch, wrong = collate_good(batch_cuts, teacher.check_length)
+        bad.update(wrong)
+        check_bad(bad, num_labelled, settings.labels.max_bad_share, CONF)
+        if batch is None:
+            continue
         embeddings_BTD, frames_B = teacher.embed(
             batch.waveforms_BL.to(device), batch.lengths_B, settings.layer, dtype
         )
         pairs = zip(embeddings_BTD, frames_B.tolist())
         frames += [x_TD[:count].float().cpu() for x_TD, count in pairs]
+    if not frames:
+        raise RecipeError(
+            f"{next(iter(bad.values()))} (nothing else was drawn for k-means); raise "
+            "unit_labels.kmeans.sample_hours"
+        )
     return torch.cat(frames)
 
 
@@ -210,11 +231,14 @@ def label_units(
 ) -> tuple[CutSet, dict[str, float]]:
     """Cuts of both with units, found from those of ``train_cuts``; see `unit_figures` for the rest.
 
+    Bad cuts are left out, up to a share, and listed in ``bad-utterances.txt``, see `dump_labels`.
+
     Goes on where a killed run has stopped: k-means is in ``centroids.pt``, labels are in shards,
     which several processes, `connected`, share.
 
     Raises:
-      RecipeError: the folder holds units made from something else, or a cut is given twice.
+      RecipeError: the folder holds units made from something else, a cut is given twice, or too
+        many are bad.
     """
     cuts = CutSet.from_cuts([*train_cuts, *dev_cuts])
     ids = [cut.id for cut in cuts]
@@ -229,7 +253,7 @@ def label_units(
     }
     if is_main() and not path.exists():
         teacher.check_layer(settings.layer)
-        frames_FD = _sample_frames(train_cuts, teacher, settings, device)
+        frames_FD = _sample_frames(train_cuts, len(cuts), teacher, settings, device)
         logging.info(f"k-means: {settings.kmeans.num_units} units of {len(frames_FD)} frames")
         centroids_KD = fit_kmeans(frames_FD, settings.kmeans, device)
         save_checkpoint(
@@ -248,7 +272,8 @@ def label_units(
             )
     kind = Units(teacher, settings.layer, saved["model"]["centroids_KD"])
     out = folder / "labels.jsonl.gz"
-    dump_labels(cuts, out, Dumper([kind], settings.labels, device), settings.labels.shard_size)
+    dumper = Dumper([kind], settings.labels, device, CONF)
+    dump_labels(cuts, out, dumper, settings.labels.shard_size)
     gathered(None)  # the last to end writes the manifest
     return read_cuts(out), saved["figures"]
 

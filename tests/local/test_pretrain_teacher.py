@@ -125,6 +125,25 @@ def test_a_run_of_other_units_is_refused(manifests, tmp_path):
         main(settings_of(manifests, tmp_path, "first", num_units=7))
 
 
+def test_a_broken_file_is_left_out(manifests, tmp_path):
+    cuts = list(read_cuts(manifests["train_manifests"][0]))
+    cuts[4] = cuts[4].truncate(duration=0.01, preserve_id=True)
+    write_cuts(CutSet.from_cuts(cuts), tmp_path / "train.jsonl.gz")
+    given = {**manifests, "train_manifests": [tmp_path / "train.jsonl.gz"]}
+    settings = settings_of(given, tmp_path, "first")
+    with pytest.raises(
+        RecipeError, match=r"\(1 of 12 utterances are bad, .* of unit_labels.labels"
+    ):
+        main(settings)
+    settings.unit_labels.labels.max_bad_share = 0.1
+    main(settings)
+    (line,) = (tmp_path / "first-training/units/bad-utterances.txt").read_text().splitlines()
+    assert line.startswith(f"cut {cuts[4].id}: 160 samples are shorter than one frame")
+    hours = sum(cut.duration for cut in cuts if cut.id != cuts[4].id) / 3600
+    made = json.loads((tmp_path / "first/origin.json").read_text())
+    assert made["speech_hours"] == pytest.approx(hours, abs=0.01)
+
+
 def test_two_processes_share_the_work(manifests, tmp_path):
     in_two_processes(tmp_path, main, settings_of(manifests, tmp_path, "first"))
     main(settings_of(manifests, tmp_path, "alone"))
@@ -199,7 +218,7 @@ def test_run_sh_pretrains_where_it_is_asked_to(stage_one):
         # The conf files of each suit it, and say what they are meant to.
         settings, _ = parse(settings_class, [*words[1:]])
         assert settings.hubert.config["hidden_size"] == 32 and settings.hubert.filterbank_init
-    assert settings.training.num_epochs == 2
+    assert settings.training.num_epochs == 2 and settings.symbols.startswith("'ABC")
     assert stage_one(*args, "--pretrain-teacher", "true")[0] == []
     conf = stage_one.folder / "conf/laptop/teacher-pretraining-second.yaml"
     conf.write_text(conf.read_text() + "max_duration: 30\n")

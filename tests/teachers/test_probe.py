@@ -9,6 +9,7 @@ import pytest
 import soundfile
 import torch
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
+from lhotse.utils import fastcopy
 
 from local import probe_teacher as script
 from mvqkd import cli
@@ -129,6 +130,26 @@ def test_script_leaves_table_and_plot_and_warns(speech, tmp_path, monkeypatch, c
         script.main(settings)
 
 
+def test_bad_utterances_are_left_out_and_listed(speech, tmp_path, caplog):
+    cuts = list(speech)[:20]
+    cuts[3] = cuts[3].truncate(duration=0.01, preserve_id=True)
+    source = fastcopy(cuts[7].recording.sources[0], source=str(tmp_path / "gone.wav"))
+    cuts[7] = fastcopy(cuts[7], recording=fastcopy(cuts[7].recording, sources=[source]))
+    cuts, folder = CutSet.from_cuts(cuts), tmp_path / "work"
+    few = replace(SETTINGS, steps=1, layers=[2])
+    with pytest.raises(RecipeError, match=r"\(. of 20 .* max_bad_share = 0.05 of the key probe\)"):
+        probe_teacher(cuts, PhaseTeacher(), folder, few, QUANTIZER, CPU)
+    assert list(folder.iterdir()) == []
+    few.max_bad_share = 0.1
+    found = probe_teacher(cuts, PhaseTeacher(), folder, few, QUANTIZER, CPU)
+    assert found["num_utterances"] == 18 and found["minutes"] == pytest.approx(18 * 0.02)
+    assert [path.name for path in folder.iterdir()] == ["bad-utterances.txt"]
+    lines = sorted((folder / "bad-utterances.txt").read_text().splitlines())
+    assert lines[0].startswith(f"{tmp_path}/gone.wav: cut 07 cannot be read")
+    assert lines[1].startswith("cut 03: 160 samples are shorter than one frame of teacher phase")
+    assert "2 bad utterances left out, listed in" in caplog.text
+
+
 def test_one_standard_error():
     rows = [
         {"layer": 1, "error": 30.0, "low": 26.0, "high": 34.0, "rrl": 0.1},
@@ -143,6 +164,8 @@ def test_one_standard_error():
 def test_speech_that_is_looked_at(speech):
     cuts = list(speech)
     assert text_of(cuts[0]) == cuts[0].supervisions[0].text.upper()
+    spelt = fastcopy(cuts[0].supervisions[0], text=" e\u0301  \u00e9")
+    assert text_of(fastcopy(cuts[0], supervisions=[spelt])) == "\u00c9 \u00c9"
     slower = [cut.perturb_speed(0.9) for cut in cuts]
     other_rate = CutSet.from_cuts([*slower, *(cut.resample(8000) for cut in cuts)])
     picked = list(pick_speech(other_rate, ProbeSettings(minutes=0.4)))

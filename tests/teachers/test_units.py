@@ -1,11 +1,13 @@
 """K-means units and their place in time."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from lhotse import CutSet
+from lhotse.utils import fastcopy
 
 from mvqkd.data.labels import Dumper, LabelSettings, load_labels
 from mvqkd.errors import RecipeError
@@ -148,3 +150,38 @@ def test_units_of_something_else_are_refused(tmp_path, plain_cuts, teacher):
         label_units(train, train, Mfcc(), SETTINGS, tmp_path / "other", CPU)
     with pytest.raises(RecipeError, match=r"layer 2 is not in 1\.\.1"):
         label_units(train, dev, Mfcc(), other, tmp_path / "other", CPU)
+
+
+def spoilt(cuts, folder):
+    """The first with a file that is no audio, the second too short for a frame."""
+    first, second, *others = cuts
+    (folder / "broken.flac").write_bytes(b"no FLAC")
+    source = fastcopy(first.recording.sources[0], source=str(folder / "broken.flac"))
+    first = fastcopy(first, recording=fastcopy(first.recording, sources=[source]))
+    return [first, second.truncate(duration=0.01, preserve_id=True), *others]
+
+
+def test_bad_cuts_are_left_out_and_listed_up_to_a_share(tmp_path, plain_cuts, caplog):
+    cuts = spoilt(plain_cuts, tmp_path)
+    train, dev = CutSet.from_cuts(cuts[:4]), CutSet.from_cuts(cuts[4:])
+
+    def label(max_bad_share, folder, **changes):
+        kmeans = replace(SETTINGS.kmeans, **changes)
+        labels = replace(SETTINGS.labels, max_bad_share=max_bad_share)
+        settings = UnitSettings(kmeans=kmeans, labels=labels)
+        return label_units(train, dev, Mfcc(), settings, tmp_path / folder, CPU)[0]
+
+    found = label(0.3, "units")
+    assert [cut.id for cut in found] == [cut.id for cut in cuts[2:]]
+    broken, short = (tmp_path / "units/bad-utterances.txt").read_text().splitlines()
+    assert broken.startswith(f"{tmp_path}/broken.flac: cut {cuts[0].id} cannot be read")
+    assert short.startswith(f"cut {cuts[1].id}: 160 samples are shorter than one frame of")
+    assert "2 bad utterances left out, listed in" in caplog.text
+    # Both are of the sample, of which they are half.
+    with pytest.raises(RecipeError) as caught:
+        label(0.2, "refused")
+    message = str(caught.value)
+    assert "(2 of 7 utterances are bad, more than max_bad_share = 0.2 of unit_labels." in message
+    assert "\n" not in message and not (tmp_path / "refused").exists()
+    with pytest.raises(RecipeError, match=r"\(nothing else was drawn for k-means\); raise unit_"):
+        label(1, "alone", sample_hours=0)
