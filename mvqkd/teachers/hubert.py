@@ -3,7 +3,8 @@
 All three are convolutions over the waveform, then a transformer, and their parts have the same
 names in transformers. WavLM differs in its attention, wav2vec 2.0 in what it was trained for.
 
-B: utterances, L: samples, T: frames (`T_teacher`), D: dimension, V: symbols.
+B: utterances, L: samples, T: frames (`T_teacher`), D: dimension, V: symbols, C: channels, t:
+outputs of a convolution, P: pieces.
 
 Source: Hsu et al., "HuBERT: Self-Supervised Speech Representation Learning by Masked Prediction
 of Hidden Units", 2021 (arXiv 2106.07447); Baevski et al., "wav2vec 2.0: A Framework for
@@ -14,16 +15,18 @@ Large-Scale Self-Supervised Pre-Training for Full Stack Speech Processing", 2021
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pickle
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import HubertForCTC, PreTrainedModel, Wav2Vec2ForCTC, WavLMForCTC
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging as transformers_logging
@@ -41,6 +44,43 @@ FAMILIES: dict[str, type[PreTrainedModel]] = {
 }
 # A symbol that fairseq, too, leaves out of transcripts; it stands for nothing that is said.
 END_OF_SENTENCE = "</s>"
+
+
+class _GivenStatistics(nn.Module):
+    """A group norm of one channel a group that is told its mean and variance (C,)."""
+
+    def __init__(self, norm: nn.GroupNorm, mean_C: torch.Tensor, variance_C: torch.Tensor) -> None:
+        super().__init__()
+        self._norm, self._mean_C, self._variance_C = norm, mean_C, variance_C
+
+    def forward(self, x_BCt: torch.Tensor) -> torch.Tensor:
+        norm = self._norm
+        return F.batch_norm(
+            x_BCt.float(), self._mean_C, self._variance_C, norm.weight, norm.bias, eps=norm.eps
+        )
+
+
+def _channel_statistics(
+    conv: nn.Conv1d, wave_L: torch.Tensor, piece: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance (C,) over all of ``conv(wave_L)``, of which ``piece`` outputs at a time are
+    in memory."""
+    (kernel,), (stride,) = conv.kernel_size, conv.stride
+    num_outputs = (len(wave_L) - kernel) // stride + 1
+    counts, means, variances = [], [], []
+    for first in range(0, num_outputs, piece):
+        last = min(first + piece, num_outputs) - 1
+        samples_L = wave_L[first * stride : last * stride + kernel]
+        variance_C, mean_C = torch.var_mean(conv(samples_L[None, None])[0].float(), 1, correction=0)
+        counts.append(last + 1 - first)
+        means.append(mean_C.double())
+        variances.append(variance_C.double())
+    means_PC, variances_PC = torch.stack(means), torch.stack(variances)
+    share_P1 = torch.tensor(counts, dtype=torch.float64, device=wave_L.device)[:, None]
+    share_P1 = share_P1 / num_outputs
+    mean_C = (share_P1 * means_PC).sum(0)
+    variance_C = (share_P1 * (variances_PC + (means_PC - mean_C) ** 2)).sum(0)
+    return mean_C.float(), variance_C.float()
 
 
 class HubertTeacher(Teacher):
@@ -104,9 +144,25 @@ class HubertTeacher(Teacher):
         extractor = self.model.base_model.feature_extractor
         if self.model.config.feat_extract_norm != "group":
             return extractor(waveforms_BL).transpose(1, 2)
-        # Group norm takes its statistics over time, so each utterance (or window) goes alone.
+        # Group norm takes its statistics over time, so each utterance goes alone.
         features = [extractor(w_L[None, :n])[0].T for w_L, n in zip(waveforms_BL, lengths_B)]
         return nn.utils.rnn.pad_sequence(features, batch_first=True)
+
+    @contextlib.contextmanager
+    def _in_windows_of(self, prepared_L: torch.Tensor) -> Iterator[None]:
+        """A group norm over time has the statistics of the whole utterance."""
+        if self.model.config.feat_extract_norm != "group":
+            yield
+            return
+        first = self.model.base_model.feature_extractor.conv_layers[0]
+        # As many outputs as a window has, which are in memory then too.
+        piece = self.window_frames * self.stride // first.conv.stride[0]
+        norm, statistics = first.layer_norm, _channel_statistics(first.conv, prepared_L, piece)
+        first.layer_norm = _GivenStatistics(norm, *statistics)
+        try:
+            yield
+        finally:
+            first.layer_norm = norm
 
     def _encode(
         self,
@@ -170,7 +226,13 @@ class HubertTeacher(Teacher):
         self, waveforms_BL: torch.Tensor, lengths_B: torch.Tensor, mask_inputs: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(logits_BTV, lengths_B in frames) of the CTC head."""
-        _, final_BTD, frames_B = self.hidden_states(waveforms_BL, lengths_B, [], mask_inputs)
+        prepared_BL = self._prepared(waveforms_BL, lengths_B)
+        return self._logits(prepared_BL, lengths_B, mask_inputs)
+
+    def _logits(
+        self, prepared_BL: torch.Tensor, lengths_B: torch.Tensor, mask_inputs: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        _, final_BTD, frames_B = self._encode(prepared_BL, lengths_B, [], mask_inputs)
         return self.model.lm_head(self.model.dropout(final_BTD)), frames_B
 
     @torch.inference_mode()
@@ -178,14 +240,20 @@ class HubertTeacher(Teacher):
         """Greedy CTC: best symbol a frame, repeats and blanks out."""
         if self.vocabulary is None:
             return super().transcribe(waveforms_BL, lengths_B)
-        logits_BTV, frames_B = self.ctc_logits(waveforms_BL, lengths_B)
+        on_cpu_B = lengths_B.cpu()
+        frames = [self.num_frames(n) for n in on_cpu_B.tolist()]
+        (logits_BTV,) = self._in_windows(
+            lambda x_BL, n_B: [self._logits(x_BL, n_B, False)[0]],
+            self._prepared(waveforms_BL, on_cpu_B),
+            on_cpu_B,
+        )
         best_BT = logits_BTV.argmax(-1)
         said = [
             "" if index == self.model.config.pad_token_id or symbol == END_OF_SENTENCE else symbol
             for index, symbol in enumerate(self.vocabulary)
         ]
         texts = []
-        for best_T, num_frames in zip(best_BT, frames_B):
+        for best_T, num_frames in zip(best_BT, frames):
             symbols = torch.unique_consecutive(best_T[:num_frames]).tolist()
             texts.append(" ".join("".join(said[s] for s in symbols).replace("|", " ").split()))
         return texts

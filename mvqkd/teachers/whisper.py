@@ -4,6 +4,11 @@ It hears 30 seconds, no more and no less, and attends to all of them: whatever i
 followed by silence up to there, as in its training. So each utterance is padded by itself,
 whatever batch it comes in.
 
+Of more than 30 seconds it has no output as a whole that windows could be compared with. They go
+through it in windows of 30 seconds, one every 20, and a frame is that of the window in which it
+lies at least 5 seconds from a neighbour: the same, to rounding, as the frame of these 30 seconds
+given as an utterance of their own.
+
 B: utterances, L: samples, T: frames (`T_teacher`), D: dimension, M: mel bins, F: mel frames.
 
 Source: Radford et al., "Robust Speech Recognition via Large-Scale Weak Supervision", 2022 (arXiv
@@ -27,7 +32,8 @@ from mvqkd.teachers.hubert import check_weights, load_pretrained
 
 
 class WhisperTeacher(Teacher):
-    """The encoder of a Whisper; utterances of more than 30 seconds go through it in windows."""
+    """The encoder of a Whisper; utterances of more than 30 seconds go through it in windows, see
+    above."""
 
     # A mel frame is centred on the first sample of its hop, and an output of the second
     # convolution on the first of its two mel frames.

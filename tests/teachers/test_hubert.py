@@ -12,6 +12,7 @@ from transformers import HubertForCTC, Wav2Vec2ForCTC, WavLMForCTC
 from mvqkd.data.audio import collate_audio
 from mvqkd.errors import RecipeError
 from mvqkd.teachers import load_teacher
+from mvqkd.teachers.base import Teacher
 from mvqkd.teachers.ctc import SYMBOLS
 from mvqkd.teachers.embeddings import SampleSettings, open_sample, sample_embeddings
 from mvqkd.teachers.hubert import HubertTeacher
@@ -105,24 +106,44 @@ def test_number_and_place_of_frames(any_teacher):
 
 
 def test_long_utterance_goes_through_in_windows(any_teacher, monkeypatch):
-    """The same as whole where the model looks no further than the margin."""
-    waveforms_BL, lengths_B = waveforms(4000, 20000)
-    if any_teacher.model.config.feat_extract_norm == "group":
-        whole = None  # statistics over time are those of the window
-    else:
-        for layer in any_teacher.model.base_model.encoder.layers:
-            monkeypatch.setattr(layer, "attention", NoAttention())
-        whole, _ = any_teacher.embed(waveforms_BL, lengths_B, 2)
+    """The same as whole where attention looks no further than the margin."""
+    waveforms_BL, lengths_B = waveforms(4000, 20000, 9700)
+    waveforms_BL[1] *= torch.linspace(0.2, 3, 20000)  # the statistics of a window are others
+    for layer in any_teacher.model.base_model.encoder.layers:
+        monkeypatch.setattr(layer, "attention", NoAttention())
+    whole, _ = any_teacher.embed(waveforms_BL, lengths_B, 2)
     monkeypatch.setattr(any_teacher, "window_frames", 30)
     monkeypatch.setattr(any_teacher, "margin_frames", 10)
+    norm = any_teacher.model.base_model.feature_extractor.conv_layers[0].layer_norm
     embeddings_BTD, frames_B = any_teacher.embed(waveforms_BL, lengths_B, 2)
-    assert frames_B.tolist() == [any_teacher.num_frames(4000), any_teacher.num_frames(20000)]
-    assert embeddings_BTD.shape == (2, 62, 32) and embeddings_BTD.isfinite().all()
-    if whole is not None:
-        torch.testing.assert_close(embeddings_BTD[1], whole[1], atol=1e-4, rtol=0)
-        torch.testing.assert_close(embeddings_BTD[0, : frames_B[0]], whole[0, : frames_B[0]])
-    alone, _ = any_teacher.embed(waveforms_BL[1:], lengths_B[1:], 2)
+    assert frames_B.tolist() == [any_teacher.num_frames(n) for n in lengths_B.tolist()]
+    assert frames_B.tolist() == [12, 62, 30] and embeddings_BTD.shape == (3, 62, 32)
+    for row, count in enumerate(frames_B.tolist()):
+        torch.testing.assert_close(
+            embeddings_BTD[row, :count], whole[row, :count], atol=1e-4, rtol=0
+        )
+    alone, _ = any_teacher.embed(waveforms_BL[1:2], lengths_B[1:2], 2)
     torch.testing.assert_close(alone[0], embeddings_BTD[1], atol=1e-4, rtol=0)
+    assert any_teacher.model.base_model.feature_extractor.conv_layers[0].layer_norm is norm
+
+
+@pytest.mark.parametrize("kind", ["hubert-base", "wavlm-base"])
+def test_windows_of_a_group_norm_change_little(kind):
+    """Of speech that gets louder, with attention over all of it."""
+    teacher = HubertTeacher(new_model(kind), True).eval()
+    waveforms_1L, lengths_1 = waveforms(200_000)
+    waveforms_1L *= torch.linspace(0.2, 3, 200_000)
+    whole_TD = teacher.embed(waveforms_1L, lengths_1, 2)[0][0]
+    teacher.window_frames, teacher.margin_frames = 300, 50
+
+    def apart():
+        error = (teacher.embed(waveforms_1L, lengths_1, 2)[0][0] - whole_TD).square().sum()
+        return error / (whole_TD - whole_TD.mean(0)).square().sum()
+
+    assert 0 < apart() < 0.01
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HubertTeacher, "_in_windows_of", Teacher._in_windows_of)
+        assert apart() > 0.1
 
 
 def test_windows_change_little(plain_cuts):
@@ -136,6 +157,20 @@ def test_windows_change_little(plain_cuts):
     assert len(in_windows_TD) == len(whole_TD) == 3999
     error = (in_windows_TD - whole_TD).square().sum()
     assert 0 < error < 0.01 * (whole_TD - whole_TD.mean(0)).square().sum()
+
+
+def test_long_utterance_is_transcribed_in_windows(monkeypatch):
+    """No window is longer than what is allowed, and their logits make up the whole."""
+    teacher, heard = HubertTeacher(tiny_hubert(), True, list(SYMBOLS)).eval(), []
+    for layer in teacher.model.base_model.encoder.layers:
+        monkeypatch.setattr(layer, "attention", NoAttention())
+    layer.register_forward_pre_hook(lambda _, args: heard.append(args[0].shape[1]))
+    batch = waveforms(4000, 20000)
+    whole = teacher.transcribe(*batch)
+    monkeypatch.setattr(teacher, "window_frames", 30)
+    monkeypatch.setattr(teacher, "margin_frames", 10)
+    assert teacher.transcribe(*batch) == whole and all(whole)
+    assert heard == [62, 12, 30, 30, 30, 30, 22]
 
 
 class NoAttention(torch.nn.Module):
@@ -296,9 +331,9 @@ def test_transcribe_takes_out_repeats_and_blanks(teacher, monkeypatch):
         row[: len(text)] = torch.tensor([0 if s == "_" else SYMBOLS.index(s) for s in text])
     best_BT[1, 7:] = SYMBOLS.index("Z")  # past the end
     logits_BTV = F.one_hot(best_BT, len(SYMBOLS)).float()
-    lengths_B = torch.tensor([len(text) for text in frames])
-    monkeypatch.setattr(teacher, "ctc_logits", lambda *args: (logits_BTV, lengths_B))
-    assert teacher.transcribe(*waveforms(800, 700, 600)) == ["AABB C", "OOH'", ""]
+    monkeypatch.setattr(teacher, "_logits", lambda *args: (logits_BTV, None))
+    batch = waveforms(*(400 + 320 * (len(text) - 1) for text in frames))
+    assert teacher.transcribe(*batch) == ["AABB C", "OOH'", ""]
 
 
 def test_bad_utterances_of_a_sample_are_left_out_and_listed(plain_cuts, teacher, tmp_path):
