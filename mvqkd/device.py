@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -58,6 +60,20 @@ def matrix_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """
     on_gpu = precision == "auto" and device.type == "cuda" and has_bf16(device)
     return torch.bfloat16 if on_gpu or precision == "bf16" else torch.float32
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Within, what is computed in float32 on a GPU is of float32: neither matrix products nor
+    convolutions, which cuDNN is otherwise free to, round their factors to TF32 (10 bits)."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def describe_device(device: torch.device) -> str:

@@ -38,7 +38,7 @@ from mvqkd.data.audio import AudioBatch, collate_good, num_samples
 from mvqkd.data.bad_utterances import check_bad, list_bad
 from mvqkd.data.manifests import read_cuts, write_cuts
 from mvqkd.data.shards import ArrayFile, Shards
-from mvqkd.device import Precision, matrix_dtype
+from mvqkd.device import Precision, full_float32, matrix_dtype
 from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
 from mvqkd.quantizer import Quantizer
@@ -214,6 +214,7 @@ class Expected(Protocol):
 
 
 @torch.inference_mode()
+@full_float32()
 def compute_labels(
     kinds: Sequence[LabelKind],
     waveforms_BL: torch.Tensor,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mvqkd.data import SAMPLE_RATE
+from mvqkd.device import full_float32
 from mvqkd.errors import RecipeError
 
 # Of prepared waveforms (B, L) and their lengths (B,): outputs, each (B, T, X).
@@ -157,10 +158,11 @@ class Teacher(nn.Module):
     ) -> list[torch.Tensor]:
         """Outputs (B, T, X) of ``compute``, which is given no utterance of more than
         ``window_frames``. ``lengths_B`` is on the CPU."""
-        if max(map(self.num_frames, lengths_B.tolist())) <= self.window_frames:
-            return compute(prepared_BL, lengths_B)
-        whole = zip(prepared_BL, lengths_B.tolist())
-        alone = [self._windows(compute, x_L[:n]) for x_L, n in whole]
+        with full_float32():
+            if max(map(self.num_frames, lengths_B.tolist())) <= self.window_frames:
+                return compute(prepared_BL, lengths_B)
+            whole = zip(prepared_BL, lengths_B.tolist())
+            alone = [self._windows(compute, x_L[:n]) for x_L, n in whole]
         return [nn.utils.rnn.pad_sequence(outputs, batch_first=True) for outputs in zip(*alone)]
 
     def _windows(self, compute: Compute, prepared_L: torch.Tensor) -> list[torch.Tensor]:
