@@ -61,6 +61,9 @@ class FrameClock:
     def check_layer(self, layer: int) -> None:
         pass
 
+    def sha256(self) -> None:
+        pass
+
     def to(self, device: torch.device) -> None:
         pass
 

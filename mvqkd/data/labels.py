@@ -292,12 +292,16 @@ class Dumper:
 
     def made_from(self) -> dict:
         """What the bytes of a shard follow from, beside its cuts."""
-        # Sums in another order, as in batches of another size, may tip a near tie.
+        # Sums in another order, as in batches of another size or on a device of another kind, may
+        # tip a near tie.
         labels = {kind.field: kind.made_from() for kind in self.kinds}
         return {
             "max_duration": self._settings.max_duration,
             "precision": str(self._dtype).removeprefix("torch."),
             "num_threads": self._settings.num_threads,
+            "device": self._device.type,
+            # A teacher that was trained anew has its old name.
+            "teacher_weights": {kind.field: kind.teacher.sha256() for kind in self.kinds},
             **labels,
         }
 
@@ -480,6 +484,10 @@ def _fingerprint(cuts: CutSet) -> str:
     return f"{len(cuts)} of sha256 {digest.hexdigest()[:12]}"
 
 
+# What `Dumper.made_from` did not always tell: a folder without them is taken all the same.
+_TOLD_SINCE = ("device", "teacher_weights")
+
+
 def _claim(path: Path, made_from: dict) -> None:
     """Leave in ``path`` what a folder's labels are made from.
 
@@ -490,6 +498,8 @@ def _claim(path: Path, made_from: dict) -> None:
         aside.write_text(json.dumps(made_from, indent=1) + "\n")
     found = json.loads(path.read_text())
     for key in [*made_from, *found]:
+        if key in _TOLD_SINCE and key not in found:
+            continue
         if found.get(key) != made_from.get(key):
             raise RecipeError(
                 f"{path}: labels in this folder are made from {key} {found.get(key)}, and this "

@@ -33,21 +33,32 @@ def load_teacher(name_or_path: str | Path, revision: str | None = None) -> Teach
 
     path, name = find_teacher(name_or_path, revision), str(name_or_path)
     if path.is_file():
-        return load_fairseq(path, name)
+        teacher = load_fairseq(path, name)
+        teacher.files = [path]
+        return teacher
     # A copy is called as what it is of.
     origin = read_origin(path)
     name = "@".join(str(origin[k]) for k in ("teacher", "revision") if k in origin) or name
     config_path = require(path / "config.json", "give a folder in transformers' layout")
     family = read_json(config_path, "fetch it again").get("model_type")
-    if family == "whisper":
-        return load_whisper(path, name)
-    if family not in FAMILIES:
+    if family not in (*FAMILIES, "whisper"):
         known = ", ".join([*FAMILIES, "whisper"])
         raise RecipeError(
             f"{config_path}: model_type {family} is no teacher that is known here; give one of "
             f"{known}"
         )
-    return load_hubert(path, family, name)
+    whisper = family == "whisper"
+    teacher = load_whisper(path, name) if whisper else load_hubert(path, family, name)
+    teacher.files = files_of(path)
+    return teacher
+
+
+def files_of(folder: Path) -> list[Path]:
+    """What embeddings follow from of a teacher's folder in transformers' layout: settings and
+    weights, by name; of weights in several formats those that are read."""
+    settings = [folder / name for name in ("config.json", "preprocessor_config.json")]
+    weights = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    return [*filter(Path.exists, settings), *weights]
 
 
 def read_origin(folder: str | Path) -> dict[str, Any]:

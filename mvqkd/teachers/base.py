@@ -6,12 +6,16 @@ B: utterances, L: samples, T: frames (`T_teacher`), D: dimension, X: of any outp
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from mvqkd.data import SAMPLE_RATE
+from mvqkd.data.download import file_sha256
 from mvqkd.device import full_float32
 from mvqkd.errors import RecipeError
 
@@ -31,6 +35,8 @@ class Teacher(nn.Module):
     """
 
     name: str
+    # Those that its embeddings follow from. Empty: it was not loaded from any.
+    files: Sequence[Path] = ()
     # Symbols by CTC index, "|" parts words. None: no CTC head.
     vocabulary: list[str] | None = None
     # Of the transformer's output: D, and how many layers there are.
@@ -133,6 +139,18 @@ class Teacher(nn.Module):
         return [x_BTD.float() for x_BTD in embeddings], torch.tensor(
             frames, device=lengths_B.device
         )
+
+    def sha256(self) -> str | None:
+        """What tells this teacher from another of its name: SHA-256 of those of its ``files``.
+
+        Read once, some seconds for a large teacher. None: it has no files.
+        """
+        return self._sha256 if self.files else None
+
+    @functools.cached_property
+    def _sha256(self) -> str:
+        each = "".join(file_sha256(path) for path in self.files)
+        return hashlib.sha256(each.encode()).hexdigest()
 
     def check_length(self, utterance: str, num_samples: int) -> None:
         """

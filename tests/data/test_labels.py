@@ -568,6 +568,37 @@ def test_precision_of_the_teacher(feature_cuts, teacher, quantizer, origin, tmp_
         dump_labels(cuts, tmp_path / "auto/train.jsonl.gz", dumper, shard_size=4)
 
 
+def test_labels_of_another_device_or_teacher_are_refused(
+    feature_cuts, teacher, quantizer, origin, tmp_path, monkeypatch
+):
+    cuts, out = CutSet.from_cuts(list(feature_cuts)[:2]), tmp_path / "train.jsonl.gz"
+    made_from = tmp_path / "shards/made-from.json"
+
+    def again(device="cpu", weights=None):
+        monkeypatch.setattr(teacher, "sha256", lambda: weights)
+        dumper = Dumper([CodebookIndexes(teacher, quantizer, origin)], LabelSettings(), CPU)
+        dumper._device = torch.device(device)
+        dump_labels(cuts, out, dumper, shard_size=4)
+
+    again(weights="a" * 64)
+    told = json.loads(made_from.read_text())
+    assert told["device"] == "cpu" and told["teacher_weights"] == {FIELD: "a" * 64}
+    for changed, key, value in (
+        ({"device": "cuda", "weights": "a" * 64}, "device cpu", "cuda"),
+        ({"weights": "b" * 64}, "teacher_weights {'codebook_indexes': 'aaa", "'bbb"),
+        ({"weights": None}, "teacher_weights {'codebook_indexes': 'aaa", "None"),
+    ):
+        with pytest.raises(RecipeError, match="give it another folder, or remove this") as caught:
+            again(**changed)
+        message = str(caught.value)
+        assert f"made from {key}" in message and value in message and "\n" not in message
+    # As folders were that did not tell.
+    del told["device"], told["teacher_weights"]
+    made_from.write_text(json.dumps(told))
+    again("cuda", "b" * 64)
+    assert json.loads(made_from.read_text()) == told
+
+
 def test_long_arrays_are_chunked(tmp_path):
     file = ArrayFile(tmp_path / "a", tmp_path / "a")
     embeddings_TD = np.random.default_rng(1).standard_normal((599, 320)).astype(np.float16)

@@ -224,6 +224,13 @@ def test_job_that_would_write_other_labels_is_refused(job, whole, monkeypatch):
     assert "this job's from 3; give it another folder" in str(caught.value)
     with pytest.raises(RecipeError, match=r"made from codebook_indexes .*'refine_iters': 1"):
         main(settings(labels=LabelSettings(shard_size=2, refine_iters=2, num_threads=1)))
+    shutil.copytree("teacher", "kept")
+    retrained = HubertTeacher(tiny_hubert(seed=3), True, list(SYMBOLS)).eval()
+    retrained.save(Path("teacher"))
+    with pytest.raises(RecipeError, match="made from teacher_weights"):
+        main(settings())
+    shutil.rmtree("teacher")
+    shutil.move("kept", "teacher")
     cuts = CutSet.from_file("train.jsonl.gz").to_eager()
     write_cuts(cuts.subset(first=3), Path("train.jsonl.gz"))
     with pytest.raises(RecipeError, match="made from cuts 12 of sha256"):

@@ -52,6 +52,7 @@ def test_kept_in_the_layout_of_transformers(name, tmp_path):
     teacher = load_teacher(GOLDEN / f"{name}.pt")
     teacher.save(tmp_path)
     loaded = load_teacher(tmp_path)
+    assert loaded.sha256() != teacher.sha256() == load_teacher(GOLDEN / f"{name}.pt").sha256()
     assert loaded.do_normalize == teacher.do_normalize == ("large" in name)
     assert loaded.vocabulary == teacher.vocabulary
     weights = loaded.state_dict()

@@ -217,6 +217,24 @@ def test_save_and_load(teacher, tmp_path, half, capfd):
     assert "%" not in capfd.readouterr().err  # progress bars
 
 
+def test_what_tells_a_teacher_from_another_of_its_name(teacher, tmp_path):
+    assert teacher.sha256() is None
+    teacher.save(tmp_path)
+    first = load_teacher(tmp_path).sha256()
+    (tmp_path / "origin.json").write_text('{"command": "another"}')
+    (tmp_path / "training_args.bin").write_bytes(b"no weights")
+    assert len(first) == 64 and load_teacher(tmp_path).sha256() == first
+    seen = [first]
+    for change in (
+        lambda: HubertTeacher(tiny_hubert(2), True, list(SYMBOLS)).save(tmp_path),
+        lambda: HubertTeacher(tiny_hubert(2), False, list(SYMBOLS)).save(tmp_path),
+        lambda: _set_config(layer_norm_eps=1e-3)(tmp_path),
+    ):
+        change()
+        seen.append(load_teacher(tmp_path).sha256())
+    assert len(set(seen)) == 4
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_model_without_a_ctc_head(kind, tmp_path):
     model = new_model(kind)

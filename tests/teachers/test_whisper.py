@@ -63,6 +63,8 @@ def test_layers_are_those_of_transformers(teacher, model, extractor):
         last_1TD = encoder.layer_norm(last_1TD)
     torch.testing.assert_close(last_1TD, expected.last_hidden_state[:, :28], atol=1e-5, rtol=0)
     assert frames_1.tolist() == [28] and (teacher.dim, teacher.num_layers) == (16, 2)
+    names = ["config.json", "preprocessor_config.json", "model.safetensors"]
+    assert [path.name for path in teacher.files] == names
 
 
 def test_layers_above_are_not_run_and_half_precision_is_close(teacher):
