@@ -17,11 +17,13 @@ from dataclasses import dataclass
 
 from mvqkd import cli
 from mvqkd.data.shards import place_in_job
+from mvqkd.device import pick_device
 from mvqkd.errors import RecipeError
 from mvqkd.experiments.grid import (
     GridSettings,
     Places,
     RunOptions,
+    conf_files,
     places_of,
     students_of,
     write_confs,
@@ -30,11 +32,12 @@ from mvqkd.experiments.runner import (
     Calls,
     check_recipe,
     estimate,
+    plans_of,
     run_grid,
     state_of,
-    steps_to_do,
 )
 from mvqkd.files import locked
+from mvqkd.report.costs import CostSettings
 from mvqkd.report.grids import collect_grid
 from mvqkd.report.table import write_results_json
 
@@ -45,7 +48,7 @@ class Settings(RunOptions, GridSettings):
 
     # Students at once in each process, which share the cores.
     num_jobs: int = 1
-    # Only say how long it would take.
+    # Only say what it would take.
     plan: bool = False
 
 
@@ -55,6 +58,24 @@ def write_results(settings: Settings, places: Places, out_of_date: Mapping[str, 
     with locked(path.with_suffix(".lock")):
         command = " ".join(["python3", *sys.argv])
         write_results_json(path, collect_grid(settings, places, command, settings, out_of_date))
+
+
+# Steps of costs.yaml that are of the corpus's own teacher.
+_OF_TEACHER = ("teacher", "verify-teacher", "embeddings", "labels", "more-labels")
+
+
+def costs_of(settings: Settings) -> CostSettings:
+    """The rates by which run.sh shows what it costs."""
+    confs = [str(path) for path in conf_files(settings, "costs")]
+    costs, _ = cli.parse(CostSettings, [word for path in confs for word in ("--config", path)])
+    if settings.teacher or settings.teacher_dir:
+        costs.steps = {k: v for k, v in costs.steps.items() if not k.startswith(_OF_TEACHER)}
+    return costs
+
+
+def device_of(settings: Settings) -> str:
+    """Also of a call that is to be made elsewhere."""
+    return settings.device if settings.device != "auto" else pick_device("auto").type
 
 
 def main(settings: Settings) -> None:
@@ -71,15 +92,19 @@ def main(settings: Settings) -> None:
     places = places_of(settings)
     write_confs(settings, places)
     _, num_processes = place_in_job()
-    to_do = steps_to_do(settings, places, settings)
-    left = estimate(settings, places, settings.num_jobs * num_processes, to_do)
+    plans = plans_of(settings, places, settings)
+    costs = costs_of(settings)
+    left = estimate(
+        settings, places, settings.num_jobs * num_processes, plans, costs, device_of(settings)
+    )
     total = len(students_of(settings))
-    logging.info(f"{settings.name}: {left.in_words(total, settings.rates.measured)}")
+    logging.info(f"{settings.name}: {left.in_words(total, costs.measured)}")
     if left.out_of_date:
         names = ", ".join(student.name for student in left.out_of_date)
         logging.info(f"{settings.name}: confs have changed since {names}")
     if settings.plan:
         return
+    left.check_disks()
     out_of_date = {student.name: state_of(places, student) for student in left.out_of_date}
     calls = Calls(settings, places, settings, places.exp / "grids" / settings.name / "logs")
     failed = run_grid(

@@ -16,6 +16,7 @@ conf file; run.sh does the rest.
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -47,8 +48,8 @@ class Cell:
     student: str = "conformer"
     # Another cell, or several, that it is compared with beside that.
     against: str | list[str] = field(default_factory=list)
-    # Whose training takes as long: a key of the rates, and what measured times are shared by.
-    # Empty: the cell itself.
+    # Whose training takes as long: what measured times are shared by, and a step of costs.yaml or
+    # how it goes on, `student-<like>`. Empty: the cell itself.
     like: str = ""
 
     def __post_init__(self) -> None:
@@ -61,20 +62,6 @@ class Cell:
         if self.untranscribed_parts:
             meaning["untranscribed_parts"] = self.untranscribed_parts
         return meaning
-
-
-@dataclass
-class Rates:
-    """Seconds that things take while nothing has been measured here."""
-
-    # Where these were measured, in words.
-    measured: str = "nowhere"
-    # A set of labels: stages 3 to 5.
-    labels: float = 0.0
-    # What any run needs first: stages 0 to 2.
-    first: float = 0.0
-    # Training and decoding of a student, by what it is like.
-    students: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -91,7 +78,6 @@ class GridSettings:
     split: str = ""
     # A file of conf/decoding/, by which all of them are decoded.
     decoding: str = ""
-    rates: Rates = field(default_factory=Rates)
 
 
 @dataclass
@@ -122,6 +108,11 @@ class Student:
     @property
     def like(self) -> str:
         return self.cell.like or self.cell_name
+
+    @property
+    def steps(self) -> tuple[str, str]:
+        """Of run.sh, that are its own."""
+        return f"student-{self.name}", f"decode-{self.name}"
 
 
 def students_of(grid: GridSettings) -> list[Student]:
@@ -164,9 +155,26 @@ class Places:
         return self.exp / "grids" / grid.name / "results.json"
 
 
-_PLACES = (
-    "set -e; corpus=$1 size=$2 split=$3 dl_dir= caller=$PWD; . local/recipe.sh; echo $exp $data"
+_RECIPE = (
+    "set -e; corpus=$1 size=$2 split=$3 dl_dir= overlay= labels= debug=false caller=$PWD; "
+    ". local/recipe.sh; . local/steps.sh; "
 )
+
+
+def _ask_recipe(grid: GridSettings, question: str) -> list[str]:
+    """The words that a script says which knows what run.sh does of the grid's corpus and size.
+
+    Raises:
+      RecipeError: there is no such corpus or size.
+    """
+    done = subprocess.run(
+        ["bash", "-c", _RECIPE + question, f"grid {grid.name}", grid.corpus, grid.size, grid.split],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise RecipeError(done.stderr.strip())
+    return done.stdout.split()
 
 
 def places_of(grid: GridSettings) -> Places:
@@ -175,15 +183,28 @@ def places_of(grid: GridSettings) -> Places:
     Raises:
       RecipeError: there is no such corpus or size.
     """
-    done = subprocess.run(
-        ["bash", "-c", _PLACES, f"grid {grid.name}", grid.corpus, grid.size, grid.split],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        raise RecipeError(done.stderr.strip())
-    exp, data = done.stdout.split()
+    exp, data = _ask_recipe(grid, "echo $exp $data")
     return Places(Path(exp), Path(data))
+
+
+def conf_files(grid: GridSettings, *names: str) -> list[Path]:
+    """Those that run.sh would read of these names, the later the more particular.
+
+    Raises:
+      RecipeError: there is no such corpus or size.
+    """
+    words = _ask_recipe(grid, f"conf {shlex.join(names)}")
+    return [path for path in map(Path, words[1::2]) if path.exists()]
+
+
+def _kept_checkpoints(grid: GridSettings) -> int | None:
+    """As many epochs as decoding averages over reads; None where it may be of any epoch."""
+    names = ["decoding", *([f"decoding/{grid.decoding}"] if grid.decoding else [])]
+    settings: dict[str, Any] = {}
+    for path in conf_files(grid, *names):
+        settings |= (yaml.safe_load(path.read_text()) or {}).get("decoding") or {}
+    # The weights over epochs (e - avg, e] are a difference of what epochs e and e - avg hold.
+    return None if settings.get("epoch") or "avg" not in settings else settings["avg"] + 1
 
 
 def _leave(path: Path, text: str) -> None:
@@ -207,6 +228,8 @@ def write_confs(grid: GridSettings, places: Places) -> None:
 
 
 def _write_confs(grid: GridSettings, places: Places) -> None:
+    kept = _kept_checkpoints(grid)
+    keep = {} if kept is None else {"keep_epochs": kept}
     cells_file = places.exp / "grids" / "cells.yaml"
     known = yaml.safe_load(cells_file.read_text()) if cells_file.exists() else {}
     lines = []
@@ -227,7 +250,7 @@ def _write_confs(grid: GridSettings, places: Places) -> None:
             text = yaml.safe_dump(cell.values, sort_keys=False)
             _leave(places.overlay / f"cells/{student.cell_name}.yaml", text)
         words.append(f"seeds/{student.seed}")
-        seed_conf = yaml.safe_dump({"training": {"seed": student.seed}})
+        seed_conf = yaml.safe_dump({"training": {"seed": student.seed, **keep}})
         _leave(places.overlay / f"seeds/{student.seed}.yaml", seed_conf)
         lines.append(" ".join(words))
     _leave(places.students_file(grid), "\n".join(lines) + "\n")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 import logging
 import os
+import shutil
 import subprocess
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +25,14 @@ from mvqkd.experiments.grid import (
     run_command,
     students_of,
 )
-from mvqkd.experiments.plan import plan_of
+from mvqkd.experiments.plan import PlannedStep, plan_of
 from mvqkd.files import read_json_lines
-from mvqkd.report.table import NOT_MEASURED
+from mvqkd.report.costs import CostSettings, cost_of
+from mvqkd.report.table import NOT_MEASURED, format_bytes
 
 LABEL_STEPS = ("embeddings", "quantizer", "labels")
-FIRST_STEPS = ("corpus", "manifests", "features", "tokens", "teacher", "verify-teacher")
+# How the steps begin whose outputs go to data/.
+IN_DATA = ("corpus", "manifests", "features", "tokens", "noise", "labels-", "more-")
 # A process's place in a job, as launchers tell it. LOCAL_RANK stays: it says which GPU to take.
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MVQKD_LAUNCH")
 _PLACE += ("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE")
@@ -53,7 +57,7 @@ def threads_each(num_jobs: int) -> int:
 
 def state_of(places: Places, student: Student) -> str | None:
     """What one that has been trained and decoded was made from; None where it has not. Whether
-    that is what its confs say now `steps_to_do` knows."""
+    that is what its confs say now `plans_of` knows."""
     stamps = [places.exp / "stamps" / f"{step}-{student.name}" for step in ("student", "decode")]
     # Of one that is trained anew the stamp of the old decoding is still there.
     decoded = places.exp / student.name / "decoded.json"
@@ -62,8 +66,10 @@ def state_of(places: Places, student: Student) -> str | None:
     return "".join(stamp.read_text() for stamp in stamps)
 
 
-def steps_to_do(grid: GridSettings, places: Places, options: RunOptions) -> set[str]:
-    """The steps of run.sh that are missing or out of date, of all that the grid needs.
+def plans_of(
+    grid: GridSettings, places: Places, options: RunOptions
+) -> dict[str, list[PlannedStep]]:
+    """By the name of each student, the steps of run.sh that it needs, in their order.
 
     Raises:
       RecipeError: run.sh refuses one of its calls.
@@ -72,12 +78,15 @@ def steps_to_do(grid: GridSettings, places: Places, options: RunOptions) -> set[
     for student in students_of(grid):
         alike[student.cell.labels, student.cell.untranscribed_parts].append(student)
     env = environment_alone(os.environ)
-    return {
-        step.name
-        for students in alike.values()
-        for step in plan_of(run_command(grid, places, students, options), env)
-        if not step.done
-    }
+    plans = {}
+    for students in alike.values():
+        steps = plan_of(run_command(grid, places, students, options), env)
+        own = {name for student in students for name in student.steps}
+        for student in students:
+            plans[student.name] = [
+                step for step in steps if step.name not in own or step.name in student.steps
+            ]
+    return plans
 
 
 def _step_seconds(places: Places, step: str) -> float | None:
@@ -85,10 +94,9 @@ def _step_seconds(places: Places, step: str) -> float | None:
     return float(path.read_text()) if path.exists() else None
 
 
-def measured_seconds(places: Places, student: Student) -> float | None:
+def measured_seconds(places: Places, student: Student) -> tuple[float, float] | None:
     """Training and decoding of one that is done; None where it is not known."""
-    training = _step_seconds(places, f"student-{student.name}")
-    decoding = _step_seconds(places, f"decode-{student.name}")
+    training, decoding = (_step_seconds(places, step) for step in student.steps)
     if training is None or decoding is None or state_of(places, student) is None:
         return None
     # Of one that was killed the step's time is that of its last call; its log knows all of it.
@@ -97,20 +105,40 @@ def measured_seconds(places: Places, student: Student) -> float | None:
         stamp = places.exp / "stamps" / f"student-{student.name}"
         entries = read_json_lines(log, f"remove {stamp}, then run again")
         training = max(training, entries[-1]["seconds"])
-    return training + decoding
+    return training, decoding
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What is left takes of one file system, in bytes."""
+
+    folder: Path
+    needed: float
+    free: float
+
+    def in_words(self) -> str:
+        return (
+            f"{format_bytes(self.needed)} on the disk of {self.folder}, where "
+            f"{format_bytes(self.free)} are free"
+        )
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """How long what is left will take."""
+    """What is left will take."""
 
     left: list[Student]
-    # None: neither a student is done nor are there rates.
+    # None: of some student neither a like one is done nor is there a rate.
     seconds: float | None
     # Of the students that are left, those whose kind has been measured here.
     num_measured: int
     # Of the students that are left, those that were done, with other confs.
     out_of_date: list[Student]
+    # Where it goes to, one or two.
+    disks: list[Disk]
+    # Steps of whose time, or of whose disk, nothing is known: no part of the sums.
+    unknown_time: list[str]
+    unknown_disk: list[str]
 
     def in_words(self, total: int, rates_from: str) -> str:
         text = f"{total - len(self.left)} of {total} students are done"
@@ -120,67 +148,173 @@ class Estimate:
         if self.out_of_date:
             others += f" (confs have changed since {len(self.out_of_date)} of them)"
         if self.seconds is None:
-            return f"{text}; the time of {others}: {NOT_MEASURED}"
-        hours, minutes = divmod(round(self.seconds / 60), 60)
-        basis = f"{self.num_measured} of them by times measured here"
-        if self.num_measured < len(self.left):
-            basis += f", the others by rates of {rates_from}"
-        return f"{text}; {others} will take {hours} h {minutes:02d} min ({basis})"
+            text += f"; the time of {others}: {NOT_MEASURED}"
+        else:
+            hours, minutes = divmod(round(self.seconds / 60), 60)
+            basis = f"{self.num_measured} of them by times measured here"
+            if self.num_measured < len(self.left):
+                basis += f", the others by rates of {rates_from}"
+            text += f"; {others} will take {hours} h {minutes:02d} min ({basis})"
+            if self.unknown_time:
+                text += f", without {', '.join(self.unknown_time)}: {NOT_MEASURED}"
+        text += f"; disk: {' and '.join(disk.in_words() for disk in self.disks)}"
+        if self.unknown_disk:
+            kinds = dict.fromkeys(name.split("-")[0] for name in self.unknown_disk)
+            text += f", without {', '.join(kinds)}: {NOT_MEASURED}"
+        return text
+
+    def check_disks(self) -> None:
+        """
+        Raises:
+          RecipeError: there is less room than what is left takes.
+        """
+        for disk in self.disks:
+            if disk.needed > disk.free:
+                raise RecipeError(
+                    f"{disk.folder}: what is left takes {format_bytes(disk.needed)}, and "
+                    f"{format_bytes(disk.free)} are free; make room, or give fewer of --seeds"
+                )
 
 
-def estimate(grid: GridSettings, places: Places, num_at_once: int, to_do: set[str]) -> Estimate:
+def estimate(
+    grid: GridSettings,
+    places: Places,
+    num_at_once: int,
+    plans: Mapping[str, Sequence[PlannedStep]],
+    costs: CostSettings,
+    device: str = "cpu",
+) -> Estimate:
     """
     Args:
       num_at_once: students that are trained side by side, of all processes.
-      to_do: as `steps_to_do` gives it.
-
-    Raises:
-      RecipeError: the grid has rates, but none of a kind of which no student is done.
+      plans: as `plans_of` gives them.
+      costs: rates, of what is measured nowhere here.
+      device: cpu or cuda, where students are trained.
     """
-    left, done = [], []
-    for student in students_of(grid):
-        is_left = {f"student-{student.name}", f"decode-{student.name}"} & to_do
-        (left if is_left else done).append(student)
-    out_of_date = [student for student in left if state_of(places, student) is not None]
-    seconds_like: dict[str, list[float]] = defaultdict(list)
-    for student in done:
-        seconds = measured_seconds(places, student)
-        if seconds is not None:
-            seconds_like[student.like].append(seconds)
-    num_measured = sum(student.like in seconds_like for student in left)
-    if not grid.rates.students and num_measured < len(left):
-        return Estimate(left, None, num_measured, out_of_date)
-    needed = []
+    students = students_of(grid)
+    to_do = {
+        student.name: [step for step in plans[student.name] if not step.done]
+        for student in students
+    }
+    left = [s for s in students if {step.name for step in to_do[s.name]} & {*s.steps}]
+    seconds = _Seconds(places, costs, device)
+    for student in students:
+        if student not in left:
+            seconds.learn(student, plans[student.name])
+    took: dict[str, float | None] = {}
+    num_bytes: dict[str, float | None] = {}
     for student in left:
-        if student.like in seconds_like:
-            needed.append(mean(seconds_like[student.like]))
-        elif student.like in grid.rates.students:
-            needed.append(grid.rates.students[student.like])
-        else:
-            raise RecipeError(
-                f"grid {grid.name}: cell {student.cell_name}: rates.students has no "
-                f"'{student.like}'; add its seconds, or say with `like` which it is like"
-            )
-    before = 0.0
-    if left and to_do & set(FIRST_STEPS):
-        before = grid.rates.first
-    for labels in dict.fromkeys(student.cell.labels for student in left):
-        if f"labels-{labels}" in to_do:
-            before += _label_seconds(grid, places)
-    # Students do not share their work, so that the longest is a bound.
-    in_turns = (before + sum(needed)) / max(1, min(num_at_once, len(left)))
-    return Estimate(left, max([in_turns, *needed]), num_measured, out_of_date)
+        for step in to_do[student.name]:
+            if step.name not in took:
+                took[step.name] = seconds.of(student, step)
+                num_bytes[step.name] = _bytes_left(student, step, places, costs)
+    own = {name for student in left for name in student.steps}
+    unknown = [name for name, one in took.items() if one is None]
+    return Estimate(
+        left,
+        None if own & {*unknown} else _last_end(left, to_do, took, num_at_once),
+        sum(student.like in seconds.measured for student in left),
+        [student for student in left if state_of(places, student) is not None],
+        _disks(places, num_bytes),
+        unknown,
+        [name for name, one in num_bytes.items() if one is None],
+    )
 
 
-def _label_seconds(grid: GridSettings, places: Places) -> float:
-    """Of a further set: as those that are there have taken."""
-    took = []
-    for path in (places.exp / "stamps").glob("labels-*.seconds"):
-        labels = path.name[len("labels-") : -len(".seconds")]
-        of_steps = [_step_seconds(places, f"{step}-{labels}") for step in LABEL_STEPS]
-        if None not in of_steps:
-            took.append(sum(of_steps))
-    return mean(took) if took else grid.rates.labels
+class _Seconds:
+    """What steps take: as like ones have taken here, else by rates."""
+
+    def __init__(self, places: Places, costs: CostSettings, device: str) -> None:
+        self._places, self._costs, self._device = places, costs, device
+        # By what students are like: of their training and of their decoding, pairs of what was
+        # measured and what the rates say.
+        self.measured: dict[str, list[list[tuple[float, float | None]]]] = {}
+
+    def _by_rates(self, student: Student, step: PlannedStep) -> float | None:
+        name = step.name
+        if name in student.steps:
+            name = f"{name.split('-')[0]}-{student.like}"
+        return cost_of(name, step.words, self._costs, self._device).seconds
+
+    def learn(self, student: Student, steps: Sequence[PlannedStep]) -> None:
+        measured = measured_seconds(self._places, student)
+        if measured is None:
+            return
+        pairs = self.measured.setdefault(student.like, [[], []])
+        for step in steps:
+            if step.name in student.steps:
+                place = student.steps.index(step.name)
+                pairs[place].append((measured[place], self._by_rates(student, step)))
+
+    def of(self, student: Student, step: PlannedStep) -> float | None:
+        by_rates = self._by_rates(student, step)
+        if step.name in student.steps:
+            if student.like not in self.measured:
+                return by_rates
+            pairs = self.measured[student.like][student.steps.index(step.name)]
+            taken = mean(measured for measured, _ in pairs)
+            # Like ones may have more epochs or speech, which the rates know.
+            if by_rates is None or any(rated is None for _, rated in pairs):
+                return taken
+            return taken * by_rates / mean(rated for _, rated in pairs)
+        if by_rates is not None:
+            return by_rates
+        kind = next((kind for kind in LABEL_STEPS if step.name.startswith(f"{kind}-")), None)
+        # Of another set of labels.
+        stamps = self._places.exp / "stamps"
+        others = [] if kind is None else [*stamps.glob(f"{kind}-*.seconds")]
+        return mean(float(path.read_text()) for path in others) if others else None
+
+
+def _last_end(
+    left: Sequence[Student],
+    to_do: Mapping[str, Sequence[PlannedStep]],
+    seconds: Mapping[str, float | None],
+    num_at_once: int,
+) -> float:
+    """Of students that begin in turn, each when one of ``num_at_once`` before it has ended, and of
+    the steps that they need first: who comes to one makes it, and others wait for it."""
+    ends = [0.0] * num_at_once
+    made: dict[str, float] = {}
+    for student in left:
+        now = ends[0]
+        for step in to_do[student.name]:
+            if step.name not in made:
+                made[step.name] = now + (seconds[step.name] or 0.0)
+            now = max(now, made[step.name])
+        heapq.heapreplace(ends, now)
+    return max(ends)
+
+
+def _bytes_left(
+    student: Student, step: PlannedStep, places: Places, costs: CostSettings
+) -> float | None:
+    own = step.name in student.steps
+    name = f"{step.name.split('-')[0]}-{student.like}" if own else step.name
+    num_bytes = cost_of(name, step.words, costs).bytes
+    stamp = places.exp / "stamps" / step.name
+    if num_bytes is not None and step.name == student.steps[0] and not stamp.exists():
+        # One that was killed has checkpoints already. What was made with other confs stays beside
+        # the new until that is whole.
+        there = (places.exp / student.name).glob("*.pt")
+        num_bytes = max(0.0, num_bytes - sum(path.stat().st_size for path in there))
+    return num_bytes
+
+
+def _disks(places: Places, num_bytes: Mapping[str, float | None]) -> list[Disk]:
+    needed = {places.exp: 0.0, places.data: 0.0}
+    for step, one in num_bytes.items():
+        needed[places.data if step.startswith(IN_DATA) else places.exp] += one or 0.0
+    of_devices: dict[int, Disk] = {}
+    for folder, wanted in needed.items():
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        device, free = there.stat().st_dev, shutil.disk_usage(there).free
+        known = of_devices.get(device)
+        of_devices[device] = Disk(
+            known.folder if known else folder, wanted + (known.needed if known else 0.0), free
+        )
+    disks = list(of_devices.values())
+    return [disk for disk in disks if disk.needed] or disks[:1]
 
 
 class Calls:

@@ -7,13 +7,14 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
 from mvqkd.errors import RecipeError
 from mvqkd.experiments.plan import read_plan
 from mvqkd.report.table import NOT_MEASURED, format_bytes, format_seconds
+from mvqkd.training.progress import KEEP_EPOCHS
 
 # How the steps begin that are run side by side.
 _SIDE_BY_SIDE = "student-"
@@ -23,13 +24,16 @@ _SIDE_BY_SIDE = "student-"
 class StepCost:
     """Of one step; None where it was not measured."""
 
-    # Of which speech the amounts per hour are.
-    speech: Literal["corpus", "train", "test", "none"] = "none"
+    # Of which speech the amounts per hour are; "part": of the one that the step's name ends with.
+    speech: Literal["corpus", "train", "test", "part", "none"] = "none"
     # On top of what does not depend on the speech; of training, per epoch.
     seconds_per_hour: float | None = None
     seconds: float | None = None
     bytes_per_hour: float | None = None
     bytes: float | None = None
+    # Of training: what an epoch takes beside its steps, and a checkpoint.
+    seconds_per_epoch: float = 0.0
+    checkpoint_bytes: float | None = None
     # GB of the host or, on a GPU, of the GPU; at its highest.
     memory: float | None = None
     epochs: bool = False
@@ -43,7 +47,8 @@ class CostSettings:
     measured: str = "nowhere"
     # What the times and memory of steps that take a device (--device) are of.
     device: Literal["cpu", "cuda"] = "cpu"
-    # Hours of speech: all, the training set at all speeds, the test sets.
+    # Hours of speech: all ("corpus"), the training set at all speeds ("train"), the test sets
+    # ("test"), and parts that may be learned from without transcripts, by their names.
     speech: dict[str, float] = field(default_factory=dict)
     # By the name of a step, or how it begins up to a dash: student, labels, student-streaming.
     steps: dict[str, StepCost] = field(default_factory=dict)
@@ -66,20 +71,35 @@ class Cost:
         return None if self.seconds is None else self.seconds / 3600 * self.gpus
 
 
-def epochs_of(command: Sequence[str]) -> int:
-    """Of a training: what the last of its conf files says.
+@dataclass(frozen=True)
+class TrainingAmounts:
+    """What a training's costs are multiplied by."""
+
+    epochs: int
+    # Of the training set's speech.
+    share: float
+    # At most, with the one to go on from.
+    checkpoints: int
+
+
+def training_amounts(command: Sequence[str]) -> TrainingAmounts:
+    """What the last of a training's conf files says of each.
 
     Raises:
-      RecipeError: none of them says it.
+      RecipeError: none of them says how many epochs.
     """
-    epochs = None
+    training: dict[str, Any] = {}
+    share = 1.0
     for option, path in itertools.pairwise(command):
         if option == "--config":
-            training = (yaml.safe_load(Path(path).read_text()) or {}).get("training") or {}
-            epochs = training.get("num_epochs", epochs)
-    if epochs is None:
+            conf = yaml.safe_load(Path(path).read_text()) or {}
+            training |= conf.get("training") or {}
+            share = conf.get("transcribed_share", share)
+    if "num_epochs" not in training:
         raise RecipeError(f"{' '.join(command)}: no conf has training.num_epochs; add it")
-    return epochs
+    epochs = training["num_epochs"]
+    kept = min(epochs, training.get("keep_epochs", KEEP_EPOCHS))
+    return TrainingAmounts(epochs, share, kept + 1)
 
 
 def gpus_of(command: Sequence[str]) -> int:
@@ -102,19 +122,31 @@ def cost_of(name: str, command: Sequence[str], settings: CostSettings, device: s
     if not fits:
         return Cost(None, None, None, gpus)
     rates = settings.steps[max(fits, key=len)]
-    hours = 0.0 if rates.speech == "none" else settings.speech.get(rates.speech)
-    epochs = epochs_of(command) if rates.epochs else 1
+    hours = _hours(name, rates, settings)
+    training = training_amounts(command) if rates.epochs else TrainingAmounts(1, 1.0, 0)
 
-    def amount(fixed: float | None, per_hour: float | None, times: int) -> float | None:
+    def amount(fixed: float | None, per_hour: float | None, times: float) -> float | None:
         if (fixed is None and per_hour is None) or (per_hour is not None and hours is None):
             return None
         return (fixed or 0.0) + (per_hour or 0.0) * (hours or 0.0) * times
 
     num_bytes = amount(rates.bytes, rates.bytes_per_hour, 1)
+    if rates.checkpoint_bytes is not None:
+        num_bytes = (num_bytes or 0.0) + rates.checkpoint_bytes * training.checkpoints
     if "--device" in command and device != settings.device:
         return Cost(None, num_bytes, None, gpus)
-    seconds = amount(rates.seconds, rates.seconds_per_hour, epochs)
+    seconds = amount(rates.seconds, rates.seconds_per_hour, training.epochs * training.share)
+    if seconds is not None:
+        seconds += rates.seconds_per_epoch * training.epochs
     return Cost(seconds, num_bytes, rates.memory, gpus)
+
+
+def _hours(name: str, rates: StepCost, settings: CostSettings) -> float | None:
+    if rates.speech == "none":
+        return 0.0
+    if rates.speech == "part":
+        return next((h for part, h in settings.speech.items() if name.endswith(f"-{part}")), None)
+    return settings.speech.get(rates.speech)
 
 
 def plan_text(plan: str, settings: CostSettings, num_jobs: int = 1, device: str = "cpu") -> str:

@@ -41,7 +41,7 @@ from mvqkd.training.checkpoint import load_checkpoint, save_checkpoint
 from mvqkd.training.log import Log
 from mvqkd.training.memory import named_if_too_large, scan
 from mvqkd.training.optim import Eden, Eve, ScaledAdam
-from mvqkd.training.progress import Progress
+from mvqkd.training.progress import KEEP_EPOCHS, Progress
 
 
 @dataclass
@@ -71,7 +71,7 @@ class TrainingSettings:
     # The running average takes the weights every so many steps.
     average_period: int = 100
     # Epochs whose checkpoints are kept (for averaging when decoding); the last ones.
-    keep_epochs: int = 30
+    keep_epochs: int = KEEP_EPOCHS
     # A checkpoint to resume from: after every epoch, and every so many seconds.
     checkpoint_seconds: float = 300
     # Checkpoints beside it, named by step, every so many steps (0: none); the last ones are kept.

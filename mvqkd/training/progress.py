@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Checkpoints of the last epochs that are kept where the conf does not say.
+KEEP_EPOCHS = 30
+
 
 @dataclass
 class Progress:

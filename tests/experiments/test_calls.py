@@ -2,6 +2,7 @@
 
 import pytest
 
+from local import experiment
 from mvqkd import cli
 from mvqkd.errors import RecipeError
 from mvqkd.experiments.grid import (
@@ -13,7 +14,8 @@ from mvqkd.experiments.grid import (
     write_confs,
 )
 from mvqkd.experiments.plan import plan_of
-from mvqkd.experiments.runner import estimate, steps_to_do
+from mvqkd.experiments.runner import estimate, plans_of
+from mvqkd.report.costs import CostSettings
 from tests.recipe_copy import copy_checkout, error_line, run_sh
 
 
@@ -61,12 +63,33 @@ def test_options_reach_the_steps_of_librispeech(here):
     assert "conf/decoding/left64-chunk16-right9.yaml" in values_after(decoding, "--config")
     assert "report" not in plan and not any(step.done for step in plan.values())
 
-    to_do = steps_to_do(grid, places, options)
-    assert {"labels-mvq", "labels-floats"} <= to_do
-    left = estimate(grid, places, 1, to_do)
-    assert left.in_words(11, "") == (
-        "0 of 11 students are done; the time of the other 11: not measured"
+    plans = plans_of(grid, places, options)
+    names = {step.name for step in plans["l2-seed42"]}
+    assert {"labels-floats", "student-l2-seed42", "decode-l2-seed42"} <= names
+    assert not {"labels-mvq", "student-l1-seed42"} & names
+    left = estimate(grid, places, 1, plans, CostSettings(), "cuda")
+    assert left.in_words(11, "").startswith(
+        "0 of 11 students are done; the time of the other 11: not measured; disk: "
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "hours", "gigabytes"), [("kinds", 1.1, 3.6), ("amounts", 1.1, 3.3)]
+)
+def test_what_a_grid_of_the_embedded_corpus_takes(here, name, hours, gigabytes):
+    options = ["--config", f"egs/mini/conf/grids/{name}.yaml", "--seeds", "[1]"]
+    settings = cli.parse(experiment.Settings, options)[0]
+    places = places_of(settings)
+    write_confs(settings, places)
+    plans = plans_of(settings, places, RunOptions("cpu"))
+    costs = experiment.costs_of(settings)
+    left = estimate(settings, places, 2, plans, costs)
+    assert left.unknown_time == left.unknown_disk == []
+    assert left.seconds / 3600 == pytest.approx(hours, rel=0.1)
+    assert sum(disk.needed for disk in left.disks) / 1e9 == pytest.approx(gigabytes, rel=0.1)
+    # Rates of the corpus's own teacher say nothing of another.
+    settings.teacher_dir = "other"
+    assert "labels" not in experiment.costs_of(settings).steps
 
 
 def test_labels_of_the_pool_go_to_distilled_students(here):

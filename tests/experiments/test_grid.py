@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -25,11 +27,12 @@ from mvqkd.experiments.grid import (
 from mvqkd.experiments.runner import (
     Calls,
     estimate,
+    plans_of,
     run_grid,
     state_of,
-    steps_to_do,
     threads_each,
 )
+from mvqkd.report.costs import CostSettings
 from mvqkd.report.grids import collect_grid
 from mvqkd.report.table import read_results, write_results_json
 
@@ -55,7 +58,8 @@ if [[ ${dry_run:-false} == true ]]; then
         for step in "student-$student" "decode-$student"; do
             state=todo
             [[ "$(cat "exp/toy/stamps/$step" 2>/dev/null)" != "$(stamp "$student")" ]] || state=done
-            echo "$step $state make $step" >>"$mvqkd_plan"
+            echo "$step $state make --config conf/training.yaml" \
+                "--config $overlay/seeds/${student##*-seed}.yaml" >>"$mvqkd_plan"
         done
     done
     exit
@@ -92,7 +96,12 @@ def recipe(tmp_path, monkeypatch):
     (tmp_path / "egs/toy").mkdir(parents=True)
     (tmp_path / "egs/toy/recipe.sh").write_text("name=toy\n")
     (tmp_path / "local").mkdir()
-    shutil.copy(ROOT / "local/recipe.sh", tmp_path / "local")
+    for name in ("recipe.sh", "steps.sh"):
+        shutil.copy(ROOT / "local" / name, tmp_path / "local")
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf/decoding.yaml").write_text("decoding: {avg: 3}\n")
+    (tmp_path / "conf/costs.yaml").write_text(yaml.safe_dump(COSTS))
+    (tmp_path / "conf/training.yaml").write_text("training: {num_epochs: 10}\n")
     labels = tmp_path / "data/toy/labels/mvq"
     labels.mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -113,8 +122,19 @@ CONF = {
         "mvq-n4": {"confs": "distillation/mvq", "labels": "n4", "like": "mvq",
                    "values": {"distillation": {"layer": 2}}},
     },
-    "rates": {"measured": "a desk", "first": 40.0, "labels": 60.0,
-              "students": {"none": 100.0, "mvq": 200.0}},
+}  # fmt: skip
+# Of a training 100 s or 20 an epoch of an hour's speech, for 10 epochs.
+COSTS = {
+    "measured": "a desk",
+    "speech": {"train": 1.0},
+    "steps": {
+        "corpus": {"seconds": 40.0, "bytes": 1e6},
+        "labels": {"seconds": 60.0},
+        "student-none": {"seconds": 90.0, "bytes": 1.0e6},
+        "student-mvq": {"speech": "train", "epochs": True, "seconds_per_hour": 18.0,
+                        "seconds_per_epoch": 1.0, "checkpoint_bytes": 1.0e6},
+        "decode": {"seconds": 10.0, "bytes": 1.0e3},
+    },
 }  # fmt: skip
 
 
@@ -134,10 +154,12 @@ def run(grid, num_jobs=1, when_done=lambda: None):
     return run_grid(grid, places, calls, num_jobs, when_done)
 
 
-def planned(grid, num_at_once=1):
+def planned(grid, num_at_once=1, costs=None):
     places = places_of(grid)
     write_confs(grid, places)
-    return estimate(grid, places, num_at_once, steps_to_do(grid, places, CPU))
+    if costs is None:
+        costs = cli.parse(CostSettings, ["--config", "conf/costs.yaml"])[0]
+    return estimate(grid, places, num_at_once, plans_of(grid, places, CPU), costs)
 
 
 def ran(recipe) -> list[str]:
@@ -189,21 +211,65 @@ def test_says_how_long_it_takes(recipe):
     plan = planned(grid)
     # First 40, two sets of labels of 60, and 2 x (100 + 200 + 200).
     assert (plan.seconds, plan.num_measured, len(plan.left)) == (1160, 0, 6)
-    assert plan.in_words(6, "a desk") == (
+    assert plan.in_words(6, "a desk").startswith(
         "0 of 6 students are done; the other 6 will take 0 h 19 min (0 of them by times measured "
-        "here, the others by rates of a desk)"
+        "here, the others by rates of a desk); disk: "
     )
-    assert planned(grid, 4).seconds == 290
+    # All wait for the corpus and the first labels; the third, beside, for those that it makes.
+    assert planned(grid, 2).seconds == 40 + 60 + 100 + 60 + 200 + 200
+    assert planned(grid, 6).seconds == 40 + 60 + 200
     (recipe / "broken-mvq-n4-seed2").touch()
     run(grid)
     plan = planned(grid)
     # 100 s of training by its log, 10 of decoding; the sets of labels are still not there.
     assert [student.name for student in plan.left] == ["mvq-n4-seed2"]
     assert (plan.seconds, plan.num_measured) == (40 + 60 + 110, 1)
+    # Like ones have taken 100 s for 10 epochs.
+    (recipe / "conf/training.yaml").write_text("training: {num_epochs: 20}\n")
+    assert planned(grid).seconds == 40 + 60 + 110
 
     (recipe / "exp/toy/none-seed1/log.jsonl").write_text('{"seconds": 100}\n{"seco')
     with pytest.raises(RecipeError, match=r"none-seed1/log\.jsonl: .* remove .*student-none-seed1"):
         planned(grid)
+
+
+def test_times_of_like_students_count_epochs(recipe):
+    cells = {"mvq": CONF["cells"]["mvq"], "long": {**CONF["cells"]["mvq"], "like": "mvq"}}
+    grid = grid_of(recipe, cells=cells, seeds=[1])
+    (recipe / "broken-long-seed1").touch()
+    run(grid)
+    plans = plans_of(grid, places_of(grid), CPU)
+    longer = recipe / "longer.yaml"
+    longer.write_text("training: {num_epochs: 30}\n")
+    plans["long-seed1"] = [
+        replace(step, command=f"{step.command} --config {longer}") for step in plans["long-seed1"]
+    ]
+    costs = cli.parse(CostSettings, ["--config", "conf/costs.yaml"])[0]
+    seconds = estimate(grid, places_of(grid), 1, plans, costs).seconds
+    assert seconds == pytest.approx(40 + 60 + 3 * 100 + 10)
+
+
+def test_tells_the_disk_and_refuses_where_it_is_short(recipe, monkeypatch):
+    grid = grid_of(recipe, seeds=[1])
+    (disk,) = planned(grid).disks
+    # Decoding averages over 3 epochs, for which it reads 4; one more is to go on from.
+    assert disk.needed == 1e6 + 1e6 + 2 * (3 + 1 + 1) * 1e6 + 3 * 1e3
+    assert planned(grid).unknown_disk == ["labels-mvq", "labels-n4"]
+    told = planned(grid).in_words(3, "a desk")
+    assert "; disk: 12.0 MB on the disk of exp/toy, where " in told
+    assert told.endswith(" are free, without labels: not measured")
+    planned(grid).check_disks()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=11e6))
+    with pytest.raises(
+        RecipeError, match=r"exp/toy: what is left takes 12\.0 MB, and 11\.0 MB are"
+    ):
+        planned(grid).check_disks()
+    # One that was killed has some of it.
+    (recipe / "exp/toy/mvq-seed1").mkdir(parents=True)
+    (recipe / "exp/toy/mvq-seed1/epoch-1.pt").write_bytes(bytes(1_500_000))
+    (disk,) = planned(grid).disks
+    assert disk.needed == 1e6 + 1e6 + 10 * 1e6 + 3 * 1e3 - 1.5e6
+    planned(grid).check_disks()
 
 
 def test_one_that_is_trained_anew_is_not_done(recipe):
@@ -215,17 +281,36 @@ def test_one_that_is_trained_anew_is_not_done(recipe):
     assert len(rows) == 5
 
 
-def test_unknown_rate_is_refused(recipe):
-    grid = grid_of(recipe, rates={"students": {"none": 1.0}})
-    with pytest.raises(RecipeError, match=r"cell mvq: rates\.students has no 'mvq'; add"):
-        planned(grid)
-
-
 def test_without_rates_the_time_is_not_measured(recipe):
-    plan = planned(grid_of(recipe, rates={}))
-    assert plan.in_words(6, "nowhere") == (
-        "0 of 6 students are done; the time of the other 6: not measured"
+    plan = planned(grid_of(recipe), costs=CostSettings())
+    assert plan.in_words(6, "nowhere").startswith(
+        "0 of 6 students are done; the time of the other 6: not measured; disk: 0 B on "
     )
+    # Of a step before, what the others take is known.
+    costs = cli.parse(CostSettings, ["--config", "conf/costs.yaml"])[0]
+    costs.steps.pop("labels")
+    text = planned(grid_of(recipe), costs=costs).in_words(6, "a desk")
+    assert " will take 0 h 17 min " in text
+    assert " rates of a desk), without labels-mvq, labels-n4: not measured; disk: " in text
+
+
+def test_seeds_keep_what_decoding_reads(recipe):
+    grid = grid_of(recipe)
+    seed = recipe / "exp/toy/grids/conf/seeds/1.yaml"
+
+    def written():
+        write_confs(grid, places_of(grid))
+        return yaml.safe_load(seed.read_text())["training"]
+
+    assert written() == {"seed": 1, "keep_epochs": 4}
+    (recipe / "egs/toy/conf").mkdir()
+    (recipe / "egs/toy/conf/decoding.yaml").write_text("decoding: {avg: 5}\n")
+    assert written() == {"seed": 1, "keep_epochs": 6}
+    # Of an epoch that is named, nothing is known.
+    (recipe / "conf/decoding").mkdir()
+    (recipe / "conf/decoding/tenth.yaml").write_text("decoding: {epoch: 10}\n")
+    grid.decoding = "tenth"
+    assert written() == {"seed": 1}
 
 
 def test_changed_confs_are_told_and_run_again(recipe):
@@ -423,8 +508,6 @@ def test_shipped_grids_are_whole(tmp_path):
             cell = student.cell
             meaning = cell.meaning()
             assert cells.setdefault((grid.corpus, student.cell_name), meaning) == meaning
-            known = grid.rates.students
-            assert not known or student.like in known, (grid.name, student.name)
             for conf in cell.confs.split():
                 assert (ROOT / "conf" / f"{conf}.yaml").exists(), (grid.name, conf)
             own = [ROOT / "conf/labels", ROOT / "egs" / grid.corpus / "conf/labels"]

@@ -4,7 +4,7 @@ import pytest
 
 from mvqkd import cli
 from mvqkd.errors import RecipeError
-from mvqkd.report.costs import Cost, CostSettings, cost_of, plan_text
+from mvqkd.report.costs import Cost, CostSettings, StepCost, cost_of, plan_text
 from tests.recipe_copy import ROOT
 
 CONF = """
@@ -39,6 +39,23 @@ def test_rates_times_hours_and_epochs(settings, training):
     words = training.split()
     assert cost_of("student-mvq", words, settings) == Cost(60 + 3 * 200, 5e6, None)
     assert cost_of("student-streaming-mvq", words, settings) == Cost(1200, None, 4)
+
+
+def test_training_of_a_share_and_its_checkpoints(settings, training, tmp_path):
+    rates = settings.steps["student"]
+    rates.bytes, rates.checkpoint_bytes, rates.seconds_per_epoch = None, 1e6, 2.0
+    # The last conf of three epochs keeps all of them, and one to go on from.
+    assert cost_of("student-mvq", training.split(), settings) == Cost(60 + 3 * 202, 4e6, None)
+    (tmp_path / "d.yaml").write_text("training: {keep_epochs: 2}\ntranscribed_share: 0.25\n")
+    words = [*training.split(), "--config", str(tmp_path / "d.yaml")]
+    assert cost_of("student-mvq", words, settings) == Cost(60 + 3 * 52, 3e6, None)
+
+
+def test_speech_of_one_part(settings):
+    settings.speech["train-clean-360"] = 3.0
+    settings.steps["more-labels"] = StepCost("part", bytes_per_hour=2.0)
+    assert cost_of("more-labels-mvq-train-clean-360", [], settings) == Cost(None, 6.0, None)
+    assert cost_of("more-labels-mvq-train-other-500", [], settings) == Cost(None, None, None)
 
 
 def test_what_was_not_measured(settings):
@@ -110,3 +127,27 @@ def test_shipped_rates_are_read():
     assert len(files) > 5
     for path in files:
         assert cli.parse(CostSettings, ["--config", str(path)])[0]
+
+
+def test_shipped_students_of_two_cores(monkeypatch):
+    """As measured in a quiet run of ./run.sh --size small, of time and of disk."""
+    monkeypatch.chdir(ROOT)
+    paths = ["conf/laptop/costs.yaml", "egs/mini/conf/small/costs.yaml"]
+    confs = [word for path in paths for word in ("--config", path)]
+    costs = cli.parse(CostSettings, confs)[0]
+    measured = {
+        "none": (227, 217e6),
+        "mvq": (256, 293e6),
+        "mvq-l2": (240, 224e6),
+        "streaming-none": (404, 361e6),
+        "streaming-mvq-l2": (409, 373e6),
+    }
+    for student, (seconds, num_bytes) in measured.items():
+        files = ["training", "laptop/training"]
+        files += ["laptop/streaming"] if student.startswith("streaming") else []
+        words = [word for name in files for word in ("--config", f"conf/{name}.yaml")]
+        costs_of_steps = [
+            cost_of(f"{step}-{student}", words, costs) for step in ("student", "decode")
+        ]
+        assert sum(cost.seconds for cost in costs_of_steps) == pytest.approx(seconds, rel=0.05)
+        assert costs_of_steps[0].bytes == pytest.approx(num_bytes, rel=0.02)
