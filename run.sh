@@ -30,6 +30,7 @@ untranscribed_parts=""  # parts of the corpus that students with a teacher learn
                      # their transcripts; these students are called STUDENT-and-untranscribed
 noise_dir=""         # a folder of noise that is mixed into training, or none; the recipe's where empty
 decoding=""          # a file of conf/decoding/, without .yaml, on top of decoding.yaml
+decode_dev=false     # decode the dev sets too, of which scales are chosen
 device=auto          # auto|cpu|cuda: where to run
 teacher=""           # a file of conf/teacher/, without .yaml; the recipe's where empty
 teacher_dir=""       # its folder or fairseq checkpoint, instead of what that file names
@@ -198,6 +199,7 @@ invocation() {
     files+=${typed[noise_dir]:+--noise-dir ${typed[noise_dir]} }
     files+=${untranscribed_parts:+--untranscribed-parts \"$untranscribed_parts\" }
     files+=${listed:+--students-file $listed }${overlay:+--overlay $overlay }${decoding:+--decoding $decoding }
+    [[ $decode_dev == false ]] || files+="--decode-dev true "
     echo "./run.sh --corpus $corpus${size:+ --size $size}${split:+ --split $split}" \
         "${teacher:+--teacher $teacher }${teacher_dir:+--teacher-dir ${typed[teacher_dir]} }--labels $labels" \
         "${published}${files}${students:+--students \"$students\" }--train-teacher" \
@@ -405,13 +407,15 @@ train_students() {
 if on 6; then
     train_students
 fi
+decoded_parts=$test_parts
+[[ $decode_dev == false ]] || decoded_parts+=" $dev_parts"
 if on 7; then
     for student in "${student_names[@]}"; do
         # shellcheck disable=SC2046,SC2086
         step "decode-$student" "student-$student" "$exp/$student/decoded.json" \
             python3 local/decode.py $(conf decoding ${decoding:+decoding/$decoding}) \
-            --exp_dir "$exp/$student" --test_manifests "$(manifests $test_parts)" --tokens_dir "$data/tokens" \
-            --device "$device"
+            --exp_dir "$exp/$student" --test_manifests "$(manifests $decoded_parts)" \
+            --tokens_dir "$data/tokens" --device "$device"
     done
 fi
 if on 8; then
@@ -421,7 +425,7 @@ if on 8; then
     step report "$made_by ${student_names[*]/#/decode-}" \
         "$exp/results.json $exp/report" \
         python3 local/report.py $(conf report) "${report_args[@]}" --exp_dir "$exp" \
-        --data_dir "$data" --labels "$labels" --test_manifests "$(manifests $test_parts)" \
+        --data_dir "$data" --labels "$labels" --test_manifests "$(manifests $decoded_parts)" \
         --students "$(list "${student_names[@]}")" --command "$(invocation)"
     [[ $dry_run == true ]] || cat "$exp/report/table.txt"
 fi

@@ -187,6 +187,15 @@ def places_of(grid: GridSettings) -> Places:
     return Places(Path(exp), Path(data))
 
 
+def dev_parts(grid: GridSettings) -> list[str]:
+    """Parts of its corpus that are decoded beside the test sets.
+
+    Raises:
+      RecipeError: there is no such corpus or size.
+    """
+    return _ask_recipe(grid, "echo $dev_parts")
+
+
 def conf_files(grid: GridSettings, *names: str) -> list[Path]:
     """Those that run.sh would read of these names, the later the more particular.
 
@@ -281,4 +290,5 @@ def run_command(
         "--students": " ".join(student.name for student in students),
     }
     given = [word for option, value in words.items() if value for word in (option, value)]
-    return ["./run.sh", *given, "--num-jobs", "1", "--stop-stage", "7"]
+    # Of the dev sets it is that one cell is chosen, of the test sets what it then gives.
+    return ["./run.sh", *given, "--decode-dev", "true", "--num-jobs", "1", "--stop-stage", "7"]

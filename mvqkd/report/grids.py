@@ -15,6 +15,7 @@ from mvqkd.experiments.grid import (
     Places,
     RunOptions,
     Student,
+    dev_parts,
     run_command,
     students_of,
 )
@@ -84,6 +85,7 @@ def collect_grid(
         "name": grid.name,
         "question": grid.question,
         "seeds": grid.seeds,
+        "dev_parts": dev_parts(grid),
         "cells": cells,
         "origin": {
             "command": command,

@@ -69,8 +69,12 @@ def grid_section(grid: GridSettings, document: Mapping[str, Any] | None) -> str:
     found = _found(grid, section["cells"])
     parts = list(dict.fromkeys(part for entry in found.values() for part in entry["test_sets"]))
     header = ["cell", "student", "distillation", "streaming", "labels", "seeds"]
+    # Of a dev set the error rate alone: it is for choosing a cell.
+    on_dev = section.get("dev_parts", [])
+    parts = [part for part in parts if part not in on_dev]
     for part in parts:
         header += [f"{part} WER % [95%]", f"{part} seeds", f"{part} difference [95%]", f"{part} p"]
+    header += [f"{part} WER %" for part in on_dev]
     if not parts:
         header += ["WER % [95%]"]
     header += ["labels / hour", "s / step", "training"]
@@ -91,6 +95,9 @@ def grid_section(grid: GridSettings, document: Mapping[str, Any] | None) -> str:
                 line += ["-"] * 4
             else:
                 line += [_wer(result), _spread(result), *_difference(result.get("difference"))]
+        for part in on_dev:
+            result = entry["test_sets"].get(part)
+            line.append(f"{result['wer']:.2f}" if result else "-")
         line += [format_bytes(entry["label_bytes_per_hour"])]
         line += [f"{entry['seconds_per_step']:.3f}", format_seconds(entry["training_seconds"])]
         lines.append(line)

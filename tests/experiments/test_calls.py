@@ -61,6 +61,10 @@ def test_options_reach_the_steps_of_librispeech(here):
     ]
     decoding = plan["decode-streaming-mvq-l2-seed42"]
     assert "conf/decoding/left64-chunk16-right9.yaml" in values_after(decoding, "--config")
+    folder = "data/librispeech-100/fbank"
+    parts = ["test-clean", "test-other", "dev-clean", "dev-other"]
+    manifests = ",".join(f"{folder}/{part}.jsonl.gz" for part in parts)
+    assert values_after(decoding, "--test_manifests") == [f"[{manifests}]"]
     assert "report" not in plan and not any(step.done for step in plan.values())
 
     plans = plans_of(grid, places, options)
@@ -115,6 +119,11 @@ def test_labels_of_the_pool_go_to_distilled_students(here):
     assert '--untranscribed-parts "train-clean-360 train-other-500"' in command
     # All else is as without them.
     plain = commands()
+    (parts,) = values_after(plain["decode-mvq"], "--test_manifests")
+    assert "test-other" in parts and "dev-" not in parts
+    assert "--decode-dev" not in values_after(plain["report"], "--command")[0]
+    (parts,) = values_after(commands("--decode-dev", "true")["report"], "--test_manifests")
+    assert parts.endswith(",data/mini-small/fbank/dev-other.jsonl.gz]")
     assert "student-mvq" in plain and "untranscribed" not in str(plain)
     same = [name for name in plain if name in plan and name != "report"]
     assert "labels-mvq" in same and all(plan[name] == plain[name] for name in same)

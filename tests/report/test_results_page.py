@@ -197,6 +197,20 @@ def test_grid_says_what_was_found_and_what_was_not_measured(tmp_path, grid):
     ]
 
 
+def test_dev_sets_have_their_error_rate(tmp_path, grid):
+    document = of_grid(grid)
+    document["grid"]["dev_parts"] = ["dev"]
+    cell = document["grid"]["cells"][1]
+    cell["test_sets"]["dev"] = {**cell["test_sets"]["test"], "wer": 13.25}
+    page = page_of(tmp_path, [grid], found=document)
+    header = cells_of(page, "cell")
+    assert [name for name in header if name.startswith("dev")] == ["dev WER %"]
+    assert cells_of(page, "mvq")[header.index("dev WER %")] == "13.25"
+    assert cells_of(page, "none")[header.index("dev WER %")] == "-"
+    assert len(cells_of(page, "mvq-n4")) == len(header)
+    assert page.count("dev") == 1
+
+
 def test_seeds_that_are_out_of_date_are_named(tmp_path, grid):
     document = of_grid(grid)
     document["grid"]["cells"][1]["seeds_out_of_date"] = [2, 3]
