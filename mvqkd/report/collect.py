@@ -35,7 +35,8 @@ _OF_CODEBOOKS = (
 
 
 def read_log(exp_dir: Path) -> list[dict[str, Any]]:
-    """The training log as `plot_training_curves` takes it."""
+    """The training log as `plot_training_curves` takes it; ``took``: the seconds before an entry in
+    which no step was made, 0 in logs of a version that did not tell."""
     again = _again(exp_dir.parent, f"student-{exp_dir.name}", 6)
     records = []
     for entry in read_json_lines(exp_dir / "log.jsonl", again):
@@ -43,9 +44,10 @@ def read_log(exp_dir: Path) -> list[dict[str, Any]]:
         losses = {
             f"{kind}/{name}": value
             for name, value in entry.items()
-            if name not in ("kind", "step", "epoch", "seconds", "lr")
+            if name not in ("kind", "step", "epoch", "seconds", "took", "lr")
         }
         records.append({"step": entry["step"], "seconds": entry["seconds"], "losses": losses})
+        records[-1]["took"] = entry.get("took", 0.0)
     return records
 
 
@@ -165,7 +167,8 @@ def student_row(
     settings = read_json(folder / "settings.json", "run stage 6", again)
     decoded = read_decoded(folder)
     kind, label_fields = kind_of(settings["distillation"])
-    last = read_log(folder)[-1]
+    log = read_log(folder)
+    last = log[-1]
     test_sets = {}
     for part, entry in decoded["test_sets"].items():
         wer, lo, hi = wer_interval(entry["results"], seed=SEED)
@@ -203,6 +206,7 @@ def student_row(
         decoding=decoded["setting"],
         epochs=settings["training"]["num_epochs"],
         steps=last["step"],
+        step_seconds=(last["seconds"] - sum(entry["took"] for entry in log)) / max(1, last["step"]),
     )
 
 

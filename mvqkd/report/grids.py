@@ -153,7 +153,7 @@ def _cell(
         "test_sets": test_sets,
         "label_bytes_per_hour": own[0].label_bytes_per_hour,
         "training_seconds": mean(row.training_seconds for row in own),
-        "seconds_per_step": mean(row.training_seconds / max(1, row.steps) for row in own),
+        "seconds_per_step": mean(row.step_seconds for row in own),
         "conf_hashes": [row.origin.conf_hash for row in own],
         "dates": sorted({row.origin.date for row in own}),
     }

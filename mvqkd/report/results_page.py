@@ -73,7 +73,8 @@ def grid_section(grid: GridSettings, document: Mapping[str, Any] | None) -> str:
     on_dev = section.get("dev_parts", [])
     parts = [part for part in parts if part not in on_dev]
     for part in parts:
-        header += [f"{part} WER % [95%]", f"{part} seeds", f"{part} difference [95%]", f"{part} p"]
+        header += [f"{part} WER % [95%]", f"{part} of a seed"]
+        header += [f"{part} difference [95%]", f"{part} p"]
     header += [f"{part} WER %" for part in on_dev]
     if not parts:
         header += ["WER % [95%]"]
@@ -83,7 +84,8 @@ def grid_section(grid: GridSettings, document: Mapping[str, Any] | None) -> str:
     for name, cell in grid.cells.items():
         entry = found.get(name)
         if entry is None:
-            about = [name, cell.student, cell.confs, "-", cell.labels, f"0 of {len(grid.seeds)}"]
+            labels = cell.labels if "distillation/none" not in cell.confs.split() else "-"
+            about = [name, cell.student, cell.confs, "-", labels, f"0 of {len(grid.seeds)}"]
             lines.append([*about, NOT_MEASURED, *["-"] * (len(header) - len(about) - 1)])
             continue
         line = [name, cell.student, entry["distillation"], "yes" if entry["streaming"] else "no"]
@@ -109,9 +111,18 @@ def grid_section(grid: GridSettings, document: Mapping[str, Any] | None) -> str:
     origin = section["origin"]
     seeds = ", ".join(map(str, grid.seeds))
     text += (
-        f"\nMeans over the seeds ({seeds}), and the lowest and highest of them; intervals are 95% "
-        "bootstrap over utterances and seeds, differences paired with the undistilled student of "
-        "the same seeds.\n"
+        f"\nMeans over the seeds ({seeds}), and of a seed the lowest and highest; intervals are "
+        "95% bootstrap over utterances and seeds, differences paired with the undistilled student "
+        "of the same seeds. "
+    )
+    if len(grid.seeds) > 1:
+        # Drawn with replacement, n of them vary (n - 1) / n as much: `interval_over_seeds`.
+        text += (
+            f"Over so few seeds the intervals are too narrow: {len(grid.seeds)} drawn again vary "
+            f"{len(grid.seeds) - 1}/{len(grid.seeds)} as much as seeds do. "
+        )
+    text += "A step's time is without decoding of the dev sets, that of training with it" + (
+        ", by whose error rates a cell is to be chosen.\n" if on_dev else ".\n"
     )
     text += _against(grid, found, parts)
     text += f"\n`{origin['command']}`; conf of the grid {origin['conf_hash']}; "

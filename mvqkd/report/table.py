@@ -82,6 +82,7 @@ class StudentResult:
     decoding: str = ""  # e.g. "modified beam search, beam 4"
     epochs: int | None = None
     steps: int | None = None  # updates of the weights
+    step_seconds: float | None = None  # of each, decoding of the dev sets left out
     # Published WER by test set, and what published them.
     paper: dict[str, float] = field(default_factory=dict)
     paper_source: str = ""

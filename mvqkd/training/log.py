@@ -36,9 +36,21 @@ class Log:
                 aside.write_text("".join(json.dumps(e) + "\n" for e in kept))
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=progress.step + 1)
 
-    def write(self, kind: str, progress: Progress, figures: dict[str, float]) -> None:
+    def write(
+        self,
+        kind: str,
+        progress: Progress,
+        figures: dict[str, float],
+        took: float | None = None,
+    ) -> None:
+        """
+        Args:
+          took: the part of the run's seconds in which no step was made.
+        """
         where = {"step": progress.step, "epoch": progress.epoch}
         where["seconds"] = round(progress.train_seconds, 2)
+        if took is not None:
+            where["took"] = round(took, 2)
         with self.path.open("a") as file:
             file.write(json.dumps({"kind": kind, **where, **figures}) + "\n")
         for name, value in figures.items():

@@ -394,12 +394,13 @@ def _train(task: Task, settings: TrainingSettings, folder: Path, device: torch.d
                 last_saved = now
         epoch = progress.epoch
         if epoch % settings.valid_every_epochs == 0 or epoch == settings.num_epochs:
+            begun = time.monotonic()
             model.eval()
             with torch.no_grad():
                 figures = task.validate()
             progress.train_seconds = seconds_at_start + time.monotonic() - started
             if log is not None:
-                log.write("dev", progress, figures)
+                log.write("dev", progress, figures, time.monotonic() - begun)
             _say(f"epoch {epoch}/{settings.num_epochs}, dev: {_shown(figures)}")
         progress.epoch, progress.batch = epoch + 1, 0
         save(folder / f"epoch-{epoch}.pt")

@@ -14,7 +14,7 @@ from mvqkd.data.labels import (
     dump_labels,
 )
 from mvqkd.errors import RecipeError
-from mvqkd.report.collect import collect_results, kind_of, label_bytes_per_hour
+from mvqkd.report.collect import collect_results, kind_of, label_bytes_per_hour, read_log
 from mvqkd.report.table import (
     read_document,
     read_results,
@@ -153,6 +153,20 @@ def test_what_is_missing_or_damaged_is_said_with_its_stage(exp_dir, name, missin
     (exp_dir / name).unlink()
     with pytest.raises(RecipeError, match=f"{name}: no such file or folder; .*{missing}$"):
         collect(exp_dir)
+
+
+def test_time_of_a_step_leaves_decoding_of_dev_out(exp_dir):
+    # Of a version that did not tell how long that took.
+    assert collect(exp_dir)[0][0].step_seconds == 100 / 50
+    entries = [
+        {"kind": "train", "step": 50, "epoch": 1, "seconds": 100, "loss": 1.0},
+        {"kind": "dev", "step": 50, "epoch": 1, "seconds": 110, "took": 10, "wer-dev": 1.0},
+        {"kind": "dev", "step": 100, "epoch": 2, "seconds": 220, "took": 20, "wer-dev": 1.0},
+    ]
+    (exp_dir / "none/log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    (row,), _ = collect(exp_dir)
+    assert (row.training_seconds, row.step_seconds) == (220, 190 / 100)
+    assert read_log(exp_dir / "none")[1]["losses"] == {"dev/wer-dev": 1.0}
 
 
 def test_document_holds_what_the_report_shows(exp_dir):
