@@ -37,6 +37,7 @@ from mvqkd.experiments.runner import (
     state_of,
 )
 from mvqkd.files import locked
+from mvqkd.report.confs import digest_of
 from mvqkd.report.costs import CostSettings
 from mvqkd.report.grids import collect_grid
 from mvqkd.report.table import write_results_json
@@ -52,12 +53,18 @@ class Settings(RunOptions, GridSettings):
     plan: bool = False
 
 
-def write_results(settings: Settings, places: Places, out_of_date: Mapping[str, str]) -> None:
+def write_results(
+    settings: Settings,
+    places: Places,
+    out_of_date: Mapping[str, str],
+    confs: Mapping[str, str],
+) -> None:
     """One process at a time, so that none overwrites what another has found since."""
     path = places.results(settings)
     with locked(path.with_suffix(".lock")):
         command = " ".join(["python3", *sys.argv])
-        write_results_json(path, collect_grid(settings, places, command, settings, out_of_date))
+        document = collect_grid(settings, places, command, settings, out_of_date, confs)
+        write_results_json(path, document)
 
 
 # Steps of costs.yaml that are of the corpus's own teacher.
@@ -106,15 +113,16 @@ def main(settings: Settings) -> None:
         return
     left.check_disks()
     out_of_date = {student.name: state_of(places, student) for student in left.out_of_date}
+    confs = {name: digest_of(steps) for name, steps in plans.items()}
     calls = Calls(settings, places, settings, places.exp / "grids" / settings.name / "logs")
     failed = run_grid(
         settings,
         places,
         calls,
         settings.num_jobs,
-        lambda: write_results(settings, places, out_of_date),
+        lambda: write_results(settings, places, out_of_date, confs),
     )
-    write_results(settings, places, out_of_date)
+    write_results(settings, places, out_of_date, confs)
     logging.info(f"{settings.name}: results in {places.results(settings)}")
     if failed:
         raise RecipeError(

@@ -17,9 +17,9 @@ import yaml
 
 from mvqkd import cli
 from mvqkd.errors import RecipeError
-from mvqkd.experiments.grid import GridSettings
+from mvqkd.experiments.grid import GridSettings, places_of
 from mvqkd.files import written_aside
-from mvqkd.report.results_page import results_page
+from mvqkd.report.results_page import identity, results_page
 from mvqkd.report.table import PaperResult, read_document, write_results_json
 
 
@@ -28,7 +28,8 @@ class Settings:
     """Whose page, and what is new on it."""
 
     corpus: str
-    # results.json files; each takes the place of an older one of the same run or grid.
+    # results.json files; each takes the place of an older one of the same run, or of the same grid
+    # in the same run's folder.
     take: list[Path] = field(default_factory=list)
 
 
@@ -62,18 +63,23 @@ def main(settings: Settings) -> None:
     folder = Path("egs") / settings.corpus
     if not folder.is_dir():
         raise RecipeError(f"{folder}: no such folder; call from the recipe's, with a known corpus")
+    grids = [
+        cli.parse(GridSettings, ["--config", str(path)])[0]
+        for path in sorted((folder / "conf/grids").glob("*.yaml"))
+    ]
+    runs = {grid.name: places_of(grid).exp.name for grid in grids}
     kept = folder / "results"
     for path in settings.take:
         document = read_document(path)
         name = path.resolve().parent.name
         if "grid" in document:
-            name = f"grid-{document['grid']['name']}"
+            found = identity(document, runs)
+            name = "-".join(["grid", *found])
+            for other in kept.glob("grid-*.json"):
+                if identity(read_document(other), runs) == found:
+                    other.unlink()
         kept.mkdir(exist_ok=True)
         write_results_json(kept / f"{name}.json", document)
-    grids = [
-        cli.parse(GridSettings, ["--config", str(path)])[0]
-        for path in sorted((folder / "conf/grids").glob("*.yaml"))
-    ]
     notes = folder / "notes.md"
     page = results_page(
         settings.corpus,
@@ -82,6 +88,7 @@ def main(settings: Settings) -> None:
         notes.read_text() if notes.exists() else "",
         f"python3 local/results_page.py --corpus {settings.corpus}",
         *recipe_of(settings.corpus),
+        runs,
     )
     with written_aside(folder / "RESULTS.md") as aside:
         aside.write_text(page)

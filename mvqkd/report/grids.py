@@ -30,9 +30,8 @@ from mvqkd.report.table import (
 
 
 def conf_hash(grid: GridSettings) -> str:
-    """Of the grid's conf; times that were measured elsewhere are no part of it, nor is how it is
-    run."""
-    names = {f.name for f in fields(GridSettings)} - {"rates"}
+    """Of the grid's conf; how it is run is no part of it."""
+    names = {f.name for f in fields(GridSettings)}
     document = {name: value for name, value in asdict(grid).items() if name in names}
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -43,6 +42,7 @@ def collect_grid(
     command: str,
     options: RunOptions | None = None,
     out_of_date: Mapping[str, str] | None = None,
+    confs: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The document for `write_results_json`: rows of the students that are done, and section
     ``grid``, where ``cells`` says of each the seeds that are done and what they gave together.
@@ -52,8 +52,10 @@ def collect_grid(
       options: of that.
       out_of_date: students that were made with other confs, and what their `state_of` was then; a
         student that is still the same is left out, and its seed named.
+      confs: by student, as `mvqkd.report.confs.grid_digests` gives them.
     """
     options, out_of_date = options or RunOptions(), out_of_date or {}
+    confs = confs or {}
     states = {student.name: state_of(places, student) for student in students_of(grid)}
     old = [s for s in students_of(grid) if s.name in out_of_date]
     old = [s for s in old if states[s.name] == out_of_date[s.name]]
@@ -66,16 +68,16 @@ def collect_grid(
             f'"{word}"' if " " in word else word
             for word in run_command(grid, places, [student], replace(options, device=""))
         )
-        rows.append(
-            student_row(
-                places.exp,
-                places.data,
-                student.cell.labels,
-                student.name,
-                call,
-                student.cell.student,
-            )
+        row = student_row(
+            places.exp,
+            places.data,
+            student.cell.labels,
+            student.name,
+            call,
+            student.cell.student,
         )
+        origin = replace(row.origin, confs=confs.get(student.name, ""))
+        rows.append(replace(row, origin=origin))
     rows = compared(rows, decoded)
     cells = []
     for name in grid.cells:
@@ -83,6 +85,11 @@ def collect_grid(
         cells[-1]["seeds_out_of_date"] = [s.seed for s in old if s.cell_name == name]
     section = {
         "name": grid.name,
+        # Of the same grid there may be runs of several sizes.
+        "run": places.exp.name,
+        "size": grid.size,
+        "split": grid.split,
+        "options": {f.name: getattr(options, f.name) for f in fields(RunOptions)},
         "question": grid.question,
         "seeds": grid.seeds,
         "dev_parts": dev_parts(grid),
@@ -155,5 +162,6 @@ def _cell(
         "training_seconds": mean(row.training_seconds for row in own),
         "seconds_per_step": mean(row.step_seconds for row in own),
         "conf_hashes": [row.origin.conf_hash for row in own],
+        "conf_digests": [row.origin.confs for row in own],
         "dates": sorted({row.origin.date for row in own}),
     }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mvqkd.errors import RecipeError
-from mvqkd.experiments.grid import GridSettings
-from mvqkd.report.confs import conf_digests
+from mvqkd.experiments.grid import GridSettings, RunOptions, Student
+from mvqkd.report.confs import conf_digests, grid_digests
 from mvqkd.report.grids import conf_hash
 from mvqkd.report.table import (
     NOT_MEASURED,
@@ -59,13 +61,16 @@ def _found(grid: GridSettings, cells: Sequence[Mapping[str, Any]]) -> dict[str, 
     return found
 
 
-def grid_section(grid: GridSettings, document: Mapping[str, Any] | None) -> str:
+def grid_section(grid: GridSettings, run: str, document: Mapping[str, Any] | None) -> str:
     """One row a cell, also of those that have not been run, and where the numbers came from.
 
     Args:
+      run: the folder under exp/ that it has run in, or would.
       document: results.json of the grid; None: it has none.
     """
     section = document["grid"] if document else {"cells": []}
+    asked = {name: section[name] for name in ("size", "split") if name in section}
+    grid = replace(grid, **asked)
     found = _found(grid, section["cells"])
     parts = list(dict.fromkeys(part for entry in found.values() for part in entry["test_sets"]))
     header = ["cell", "student", "distillation", "streaming", "labels", "seeds"]
@@ -104,7 +109,7 @@ def grid_section(grid: GridSettings, document: Mapping[str, Any] | None) -> str:
         line += [f"{entry['seconds_per_step']:.3f}", format_seconds(entry["training_seconds"])]
         lines.append(line)
         origin_lines.append([name, ", ".join(entry["conf_hashes"]), ", ".join(entry["dates"])])
-    text = f"## Grid {grid.name}\n\n{grid.question}\n\n{_markdown(lines)}"
+    text = f"## Grid {grid.name}, {run}\n\n{grid.question}\n\n{_markdown(lines)}"
     if not found:
         path = f"egs/{grid.corpus}/conf/grids/{grid.name}.yaml"
         return f"{text}\n`python3 local/experiment.py --config {path}`\n"
@@ -129,6 +134,9 @@ def grid_section(grid: GridSettings, document: Mapping[str, Any] | None) -> str:
     text += f"{origin['device']}.\n"
     if origin["conf_hash"] != conf_hash(grid):
         text += f"The conf of the grid has changed since, and is now {conf_hash(grid)}.\n"
+    changed = _cells_changed_since(grid, section, found)
+    if changed:
+        text += f"Confs have changed since, those of: {', '.join(changed)}.\n"
     for entry in section["cells"]:
         if entry.get("seeds_out_of_date"):
             seeds = ", ".join(map(str, entry["seeds_out_of_date"]))
@@ -137,6 +145,25 @@ def grid_section(grid: GridSettings, document: Mapping[str, Any] | None) -> str:
                 f"seed {seeds}.\n"
             )
     return f"{text}\n{_markdown(origin_lines)}"
+
+
+def _cells_changed_since(
+    grid: GridSettings, section: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """The cells of which a student's confs are others now, of those of which that was kept."""
+    kept = {
+        name: entry["conf_digests"]
+        for name, entry in found.items()
+        if any(entry.get("conf_digests", []))
+    }
+    now = grid_digests(grid, RunOptions(**section["options"])) if kept else {}
+    changed = []
+    for name, digests in kept.items():
+        seeds = found[name]["seeds_done"]
+        students = [Student(name, grid.cells[name], seed).name for seed in seeds]
+        if digests != [now.get(student) for student in students]:
+            changed.append(name)
+    return changed
 
 
 def _against(grid: GridSettings, found: Mapping[str, Mapping[str, Any]], parts: list[str]) -> str:
@@ -270,6 +297,16 @@ def published_section(
     )
 
 
+def identity(document: Mapping[str, Any], usual: Mapping[str, str]) -> tuple[str, str]:
+    """The name of the grid whose results these are, and the folder under exp/ that it ran in.
+
+    Args:
+      usual: that of a grid by name, for results of a version that did not tell.
+    """
+    section = document["grid"]
+    return section["name"], section.get("run") or usual.get(section["name"], "")
+
+
 def results_page(
     corpus: str,
     results: Sequence[Path],
@@ -278,6 +315,7 @@ def results_page(
     command: str,
     students: Mapping[str, str] | None = None,
     published: Sequence[PaperResult] = (),
+    runs: Mapping[str, str] | None = None,
 ) -> str:
     """All of the page.
 
@@ -287,16 +325,20 @@ def results_page(
       command: that makes the page.
       students: of the corpus's recipe, see `published_section`.
       published: what others have published of them.
+      runs: the folder under exp/ of each grid as its conf is, by name.
 
     Raises:
       RecipeError: a file cannot be read, or is of a grid that is not there.
     """
-    of_grids, sections, written = {}, [], [f"{notes.strip()}\n"] if notes else []
+    of_grids: dict[str, dict[str, Any]] = defaultdict(dict)
+    sections, written = [], [f"{notes.strip()}\n"] if notes else []
+    usual = {grid.name: (runs or {}).get(grid.name, corpus) for grid in grids}
     rows: list[StudentResult] = []
     for path in results:
         document = read_document(path)
         if "grid" in document:
-            of_grids[document["grid"]["name"]] = document
+            name, run = identity(document, usual)
+            of_grids[name][run] = document
         else:
             other = {name: section for name, section in document.items() if name != "students"}
             of_run = read_results(path)
@@ -310,8 +352,11 @@ def results_page(
             f"results of grid {min(unknown)}: egs/{corpus}/conf/grids has none of this name; "
             "put it back, or remove the results"
         )
-    sections += [grid_section(grid, of_grids[grid.name]) for grid in grids if grid.name in of_grids]
-    missing = [grid_section(grid, None) for grid in grids if grid.name not in of_grids]
+    missing = []
+    for grid in grids:
+        of_runs = of_grids.get(grid.name, {})
+        sections += [grid_section(grid, run, document) for run, document in of_runs.items()]
+        missing += [] if of_runs else [grid_section(grid, usual[grid.name], None)]
     head = f"<!-- Made by `{command}` from results/, conf/grids/ and notes.md: edit these. -->\n"
     body = "\n".join([*sections, *written, *missing])
     return f"{head}\n# {corpus}: results\n\n{body}"

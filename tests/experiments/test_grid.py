@@ -32,6 +32,7 @@ from mvqkd.experiments.runner import (
     state_of,
     threads_each,
 )
+from mvqkd.report.confs import digest_of, grid_digests
 from mvqkd.report.costs import CostSettings
 from mvqkd.report.grids import collect_grid
 from mvqkd.report.table import read_results, write_results_json
@@ -464,6 +465,28 @@ def test_results_hold_students_and_cells(recipe):
     assert mvq["test_sets"]["test"]["wer"] == 12.5
     assert mvq["test_sets"]["test"]["difference"]["delta"] == -12.5
     assert mvq["seconds_per_step"] == 2.0 and mvq["label_bytes_per_hour"] == 1e6
+
+
+def test_results_tell_the_confs_of_each_student(recipe):
+    grid = grid_of(recipe, seeds=[1], size="")
+    run(grid)
+    places = places_of(grid)
+    plans = plans_of(grid, places, CPU)
+    confs = {name: digest_of(steps) for name, steps in plans.items()}
+    assert len(set(confs.values())) == 1  # the toy's steps read no conf of a cell
+    document = collect_grid(grid, places, "COMMAND", CPU, None, confs)
+    section = document["grid"]
+    assert (section["run"], section["size"], section["split"]) == ("toy", "", "")
+    assert RunOptions(**section["options"]) == CPU
+    assert section["cells"][1]["conf_digests"] == [confs["mvq-seed1"]]
+    assert document["students"][0]["origin"]["confs"] == confs["none-seed1"]
+    # They are the same where nothing has been run, and others once a conf is.
+    shutil.rmtree("exp")
+    assert grid_digests(grid, CPU) == confs and not Path("exp").exists()
+    (recipe / "conf/decoding.yaml").write_text("decoding: {avg: 4}\n")
+    assert not {*grid_digests(grid, CPU).values()} & {*confs.values()}
+    (recipe / "run.sh").write_text("#!/usr/bin/env bash\nexit 1\n")
+    assert grid_digests(grid, CPU) == {}
 
 
 def test_script_fills_results_and_resumes(recipe):

@@ -3,13 +3,14 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from mvqkd import cli
 from mvqkd.errors import RecipeError
-from mvqkd.experiments.grid import GridSettings
+from mvqkd.experiments.grid import GridSettings, RunOptions
 from mvqkd.report.grids import conf_hash
 from mvqkd.report.results_page import results_page
 from mvqkd.report.table import PaperResult
@@ -176,7 +177,7 @@ def test_published_numbers_that_were_not_measured(tmp_path):
 
 def test_grid_says_what_was_found_and_what_was_not_measured(tmp_path, grid):
     page = page_of(tmp_path, [grid], found=of_grid(grid))
-    assert "## Grid bytes\n\nHow many?\n" in page
+    assert "## Grid bytes, toy\n\nHow many?\n" in page
     assert cells_of(page, "mvq") == [
         "mvq", "conformer", "mvq", "no", "mvq", "2 of 2", "12.50 [20.00, 30.00]", "24.00 to 26.00",
         "-12.50 [-15.00, -9.00]", "0.0002", "1.9 MB", "0.250", "1m40s",
@@ -197,6 +198,26 @@ def test_grid_says_what_was_found_and_what_was_not_measured(tmp_path, grid):
         ["mvq", "none", "1.9 MB", "-", "1 of 2", "-12.25 [-15.00, -9.00]", "0.0002"],
         ["mvq", "mvq-n4", "1.9 MB", "-", "0 of 2", "not measured", "-"],
     ]
+
+
+def test_cells_whose_confs_have_changed_are_named(tmp_path, grid, monkeypatch):
+    asked = []
+
+    def digests(grid, options):
+        asked.append(options)
+        return {"none-seed1": "a", "none-seed2": "b", "mvq-seed1": "c", "mvq-seed2": "d"}
+
+    monkeypatch.setattr("mvqkd.report.results_page.grid_digests", digests)
+    document = of_grid(grid)
+    document["grid"]["options"] = {"teacher": "large"}
+    none, mvq, _ = document["grid"]["cells"]
+    none["conf_digests"], mvq["conf_digests"] = ["a", "b"], ["c", "as it was not"]
+    page = page_of(tmp_path, [grid], found=document)
+    assert "Confs have changed since, those of: mvq.\n" in page
+    assert asked == [RunOptions(teacher="large")]
+    none["conf_digests"] = mvq["conf_digests"] = ["", ""]
+    assert "Confs have changed" not in page_of(tmp_path, [grid], found=document)
+    assert len(asked) == 1
 
 
 def test_dev_sets_have_their_error_rate(tmp_path, grid):
@@ -227,7 +248,8 @@ def test_seeds_that_are_out_of_date_are_named(tmp_path, grid):
 def test_grid_that_never_ran(tmp_path, grid):
     page = page_of(tmp_path, [grid], "Mine.\n", small=RUN)
     assert page.count("not measured") == 3
-    assert [cells_of(page, name)[4] for name in ("none", "mvq", "mvq-n4")] == ["-", "mvq", "n4"]
+    rows = page[page.index("## Grid bytes") :]
+    assert [cells_of(rows, name)[4] for name in ("none", "mvq", "mvq-n4")] == ["-", "mvq", "n4"]
     assert "One cell against another" not in page
     assert page.index("## small") < page.index("Mine.") < page.index("## Grid bytes")
     assert "`python3 local/experiment.py --config egs/toy/conf/grids/bytes.yaml`" in page
@@ -267,14 +289,29 @@ def test_script_keeps_what_it_takes(tmp_path, grid, monkeypatch):
     script.main(cli.parse(script.Settings, ["--corpus", "toy", "--take", take])[0])
     page = (tmp_path / "egs/toy/RESULTS.md").read_text()
     kept = {path.name for path in (tmp_path / "egs/toy/results").iterdir()}
-    assert kept == {"toy-small.json", "grid-bytes.json"}
+    assert kept == {"toy-small.json", "grid-bytes-toy-small.json"}
     shutil.rmtree(tmp_path / "exp")
     script.main(cli.parse(script.Settings, ["--corpus", "toy"])[0])
     assert (tmp_path / "egs/toy/RESULTS.md").read_text() == page
     assert "## toy-small" in page and page.endswith("Mine.\n")
+    assert "## Grid bytes, toy-small\n" in page
     assert cells_of(page[page.index("## Published") :], "mvq") == [
         "mvq", "mvq", "no", "-", "5.50", "not measured"
     ]  # fmt: skip
+    # Another size stands beside it, the same one in its place.
+    other = of_grid(replace(grid, size="full"))
+    other["grid"] |= {"run": "toy-full", "size": "full", "split": ""}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    old = tmp_path / "egs/toy/results/grid-bytes-toy-small.json"
+    old.rename(old.with_name("grid-bytes.json"))
+    (tmp_path / "again.json").write_text(json.dumps(of_grid(grid)))
+    take = "[other.json, again.json]"
+    script.main(cli.parse(script.Settings, ["--corpus", "toy", "--take", take])[0])
+    kept = sorted(path.name for path in (tmp_path / "egs/toy/results").iterdir())
+    assert kept == ["grid-bytes-toy-full.json", "grid-bytes-toy-small.json", "toy-small.json"]
+    page = (tmp_path / "egs/toy/RESULTS.md").read_text()
+    assert "## Grid bytes, toy-full\n" in page and "## Grid bytes, toy-small\n" in page
+    assert "The conf of the grid has changed" not in page
     with pytest.raises(RecipeError, match="--corpus other: not known; give one of: toy"):
         script.recipe_of("other")
     sys.modules.pop("results_page")
