@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
 
 from mvqkd import cli
 from mvqkd.data.datamodule import DataSettings, StudentData
@@ -20,8 +23,17 @@ from mvqkd.data.tokens import load_tokens
 from mvqkd.decoding.decode import DecodingSettings, check_vocabulary, decode, load_student
 from mvqkd.decoding.scoring import save_results
 from mvqkd.device import pick_device
+from mvqkd.errors import RecipeError
 from mvqkd.files import written_aside
 from mvqkd.students.icefall import load_icefall
+
+
+@dataclass
+class Weights:
+    """The mean over the last ``avg`` epochs up to ``epoch``."""
+
+    epoch: int
+    avg: int
 
 
 @dataclass
@@ -38,24 +50,27 @@ class Settings:
     causal: bool | None = None
     device: str = "auto"
     decoding: DecodingSettings = field(default_factory=DecodingSettings)
+    # Other weights of the student, that are decoded as well.
+    more: list[Weights] = field(default_factory=list)
 
 
-def main(settings: Settings) -> None:
-    device = pick_device(settings.device)
-    tokens = load_tokens(settings.tokens_dir)
+def decode_weights(
+    settings: Settings, decoding: DecodingSettings, tokens: SentencePieceProcessor, device
+) -> dict[str, Any]:
+    """What the report is made from, of the weights that ``decoding`` names."""
     epoch: int | str
     if settings.checkpoint is None:
-        model, epoch = load_student(settings.exp_dir, settings.decoding)
+        model, epoch = load_student(settings.exp_dir, decoding)
     else:
-        model, epoch = load_icefall(settings.checkpoint, settings.decoding.avg, settings.causal)
+        model, epoch = load_icefall(settings.checkpoint, decoding.avg, settings.causal)
     check_vocabulary(model, tokens, settings.tokens_dir)
     streaming = model.encoder.settings.causal
-    name = settings.decoding.name(epoch, streaming)
-    out_dir = settings.exp_dir / settings.decoding.method
-    data_settings = DataSettings(max_duration=settings.decoding.max_duration)
-    document: dict = {
+    name = decoding.name(epoch, streaming)
+    out_dir = settings.exp_dir / decoding.method
+    data_settings = DataSettings(max_duration=decoding.max_duration)
+    document: dict[str, Any] = {
         "setting": name,
-        "decoding": asdict(settings.decoding),
+        "decoding": asdict(decoding),
         "streaming": streaming,
         "epoch": epoch,
         "num_params": sum(p.numel() for p in model.parameters()),
@@ -64,7 +79,7 @@ def main(settings: Settings) -> None:
     for path in settings.test_manifests:
         part = path.name.split(".")[0]
         data = StudentData(read_cuts(path), tokens, data_settings, seed=0)
-        decoded = decode(model, data, tokens, settings.decoding, device)
+        decoded = decode(model, data, tokens, decoding, device)
         counts = save_results(out_dir, part, name, decoded.results)
         logging.info(counts.line(f"{part}-{name}"))
         entry = document["test_sets"][part] = {
@@ -80,7 +95,19 @@ def main(settings: Settings) -> None:
                 f"utterance in view (nine of ten less than {delay.p90:.3f} s), {delay.shown:.3f} s "
                 f"with the wait for the chunk"
             )
-    # What the report is made from.
+    return document
+
+
+def main(settings: Settings) -> None:
+    if settings.more and settings.checkpoint is not None:
+        raise RecipeError("more: is of epochs of this recipe's students; leave out --checkpoint")
+    device = pick_device(settings.device)
+    tokens = load_tokens(settings.tokens_dir)
+    document = decode_weights(settings, settings.decoding, tokens, device)
+    for weights in settings.more:
+        decoding = replace(settings.decoding, epoch=weights.epoch, avg=weights.avg)
+        more = decode_weights(settings, decoding, tokens, device)
+        document.setdefault("more", []).append(more)
     with written_aside(settings.exp_dir / "decoded.json") as aside:
         aside.write_text(json.dumps(document) + "\n")
 

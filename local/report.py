@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -54,10 +55,14 @@ def main(settings: Settings) -> None:
         exp_dir, settings.data_dir, labels, students, settings.command, published
     )
     confs = conf_digests(settings.command)
+    # A student's further rows, of other weights, come after its own.
+    number = itertools.accumulate(int(not row.weights) for row in rows)
     rows = [
-        replace(row, origin=replace(row.origin, confs=confs.get(student, "")))
-        for row, student in zip(with_paper(rows, settings.paper), students)
+        replace(row, origin=replace(row.origin, confs=confs.get(students[n - 1], "")))
+        for row, n in zip(with_paper(rows, settings.paper), number)
     ]
+    # Figures and pages are of one row each.
+    shown = [row for row in rows if not row.weights]
     out = exp_dir / "report"
     with written_aside(out) as aside:
         aside.mkdir()
@@ -69,13 +74,13 @@ def main(settings: Settings) -> None:
             text += f"\n\nteacher, WER by greedy CTC: {teacher or 'has no CTC head'}\n"
         (aside / "table.txt").write_text(text)
         (aside / "table.md").write_text(wer_table(rows, style="markdown") + "\n")
-        plot_wer_bars(rows, aside / "wer.png")
+        plot_wer_bars(shown, aside / "wer.png")
         curves = {name: read_log(exp_dir / name) for name in students}
         plot_training_curves(curves, aside / "training.png")
         report = Report(
             title=exp_dir.resolve().name,
             names=students,
-            rows=rows,
+            rows=shown,
             decoded=[read_decoded(exp_dir / name) for name in students],
             curves=curves,
             teacher_wer={} if published else other["teacher"]["wer"],

@@ -56,7 +56,7 @@ OVERLAY = {
         "data": {"max_duration": 40},
         "training": {"num_epochs": 2, "warmup_steps": 2, "average_period": 1},
     },
-    "decoding": {"decoding": {"beam": 2, "avg": 1}},
+    "decoding": {"decoding": {"beam": 2, "avg": 1}, "more": [{"epoch": 1, "avg": 1}]},
 }
 
 
@@ -108,10 +108,15 @@ def test_all_stages_on_a_small_tree(call, monkeypatch):
 
     results = json.loads((exp / "results.json").read_text())
     rows = results["students"]
-    assert [(row["distillation"], row["streaming"]) for row in rows] == [
-        ("none", False),
-        ("mvq", True),
+    assert [(row["distillation"], row["streaming"], row["epochs"]) for row in rows] == [
+        ("none", False, 2),
+        ("none", False, 1),
+        ("mvq", True, 2),
+        ("mvq", True, 1),
     ]
+    assert rows[2]["origin"]["confs"] == rows[3]["origin"]["confs"] != rows[1]["origin"]["confs"]
+    assert len((exp / "report/table.md").read_text().splitlines()) > 5
+    rows = rows[::2]
     assert "chunk-16-left-64-right-9" in rows[1]["decoding"]
     assert "chunk" not in rows[0]["decoding"]
     assert set(results["teacher"]["wer"]) == {"test-clean", "test-other"}
@@ -122,7 +127,8 @@ def test_all_stages_on_a_small_tree(call, monkeypatch):
         for part in ("test-clean", "test-other"):
             said = utterances(tree / part)
             assert row["test_sets"][part]["words"] == sum(len(t.split()) for t in said.values())
-            (recogs,) = (exp / student / "modified_beam_search").glob(f"recogs-{part}-*.txt")
+            of_epochs = (exp / student / "modified_beam_search").glob(f"recogs-{part}-*.txt")
+            recogs, _ = sorted(of_epochs)
             lines = recogs.read_text().splitlines()
             assert sum("ref=" in line for line in lines) == len(said)
             assert all(any(name in line for line in lines) for name in said)

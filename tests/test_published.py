@@ -98,8 +98,8 @@ def test_training_of_a_student(plan, student):
     names = ("causal", "dynamic_chunk_training", "short_chunk_threshold", "short_chunk_size")
     assert values(settings.model.encoder, *names) == (streams, streams, 0.75, 25)
     assert settings.model.encoder.num_left_chunks == (4 if streams else -1)
-    names = ("optimizer", "lr", "lr_batches", "lr_epochs", "warmup_steps", "num_epochs", "seed")
-    assert values(settings.training, *names) == ("eve", 0.003, 5000, 6, 3000, 30, 42)
+    names = ("optimizer", "lr", "lr_batches", "lr_epochs", "warmup_steps", "seed")
+    assert values(settings.training, *names) == ("eve", 0.003, 5000, 6, 3000, 42)
     assert values(settings.training, "average_period", "accumulate") == (100, 1)
     # The one difference: published in float32, which a GPU multiplies at a fraction of bf16's rate.
     assert settings.training.precision == "auto"
@@ -114,6 +114,20 @@ def test_training_of_a_student(plan, student):
     if kind == "mvq":
         assert values(settings.distillation, "scale", "layer", "pairing_shift") == (0.1, 6, 0)
         assert not settings.distillation.more
+
+
+def test_epochs_of_the_published_rows(plan, corpus):
+    """Each is decoded, and what it averages over is kept."""
+    training, decoding = plan["student-mvq"].training, plan["decode-mvq"]
+    rows = [(row.epoch, row.avg) for row in decoding.more]
+    rows.append((training.num_epochs, decoding.decoding.avg))
+    wanted = [20, 30, 40, 50] if corpus == "librispeech-100" else [30]
+    assert rows == [(epoch, 10) for epoch in wanted]
+    last, every = training.num_epochs, training.keep_every_epochs
+    kept = {*range(last - training.keep_epochs + 1, last + 1)}
+    kept |= {*range(every, last, every)} if every else set()
+    assert {end for epoch in wanted for end in (epoch, epoch - 10)} <= kept
+    assert len(kept) == (14 if corpus == "librispeech-100" else 11)
 
 
 def test_decoding(plan):

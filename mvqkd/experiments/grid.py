@@ -206,14 +206,17 @@ def conf_files(grid: GridSettings, *names: str) -> list[Path]:
     return [path for path in map(Path, words[1::2]) if path.exists()]
 
 
-def _kept_checkpoints(grid: GridSettings) -> int | None:
-    """As many epochs as decoding averages over reads; None where it may be of any epoch."""
+def _kept_checkpoints(grid: GridSettings) -> dict[str, int]:
+    """What of a training's conf keeps as many epochs as decoding averages over reads; nothing where
+    it may be of any epoch."""
     names = ["decoding", *([f"decoding/{grid.decoding}"] if grid.decoding else [])]
     settings: dict[str, Any] = {}
     for path in conf_files(grid, *names):
         settings |= (yaml.safe_load(path.read_text()) or {}).get("decoding") or {}
+    if settings.get("epoch") or "avg" not in settings:
+        return {}
     # The weights over epochs (e - avg, e] are a difference of what epochs e and e - avg hold.
-    return None if settings.get("epoch") or "avg" not in settings else settings["avg"] + 1
+    return {"keep_epochs": settings["avg"] + 1, "keep_every_epochs": 0}
 
 
 def _leave(path: Path, text: str) -> None:
@@ -237,8 +240,9 @@ def write_confs(grid: GridSettings, places: Places) -> None:
 
 
 def _write_confs(grid: GridSettings, places: Places) -> None:
-    kept = _kept_checkpoints(grid)
-    keep = {} if kept is None else {"keep_epochs": kept}
+    keep = _kept_checkpoints(grid)
+    # Of each student one row.
+    _leave(places.overlay / "decoding.yaml", yaml.safe_dump({"more": []}))
     cells_file = places.exp / "grids" / "cells.yaml"
     known = yaml.safe_load(cells_file.read_text()) if cells_file.exists() else {}
     lines = []

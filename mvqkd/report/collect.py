@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,8 @@ def collect_results(
     command: str,
     published: bool = False,
 ) -> tuple[list[StudentResult], dict[str, dict[str, Any]]]:
-    """Rows of the table, and the other sections of results.json.
+    """Rows of the table, and the other sections of results.json; a student of which several weights
+    were decoded has as many rows, one after the other.
 
     Args:
       published: the labels are others', and have no teacher or quantizer here.
@@ -143,9 +144,14 @@ def collect_results(
     Raises:
       RecipeError: a student has not been trained or decoded.
     """
-    rows = [student_row(exp_dir, data_dir, labels, student, command) for student in students]
-    decoded = {student: read_decoded(exp_dir / student) for student in students}
-    rows = compared(rows, [decoded[student] for student in students])
+    rows, decoded = [], []
+    for student in students:
+        row = student_row(exp_dir, data_dir, labels, student, command)
+        document = read_decoded(exp_dir / student)
+        of_others = document.get("more", [])
+        rows += [row, *(of_other_weights(row, other) for other in of_others)]
+        decoded += [document, *of_others]
+    rows = compared(rows, decoded)
     if published:
         return rows, {"labels": _published_section(exp_dir, data_dir, labels, command)}
     return rows, _teacher_sections(exp_dir, labels, command)
@@ -169,25 +175,11 @@ def student_row(
     kind, label_fields = kind_of(settings["distillation"])
     log = read_log(folder)
     last = log[-1]
-    test_sets = {}
-    for part, entry in decoded["test_sets"].items():
-        wer, lo, hi = wer_interval(entry["results"], seed=SEED)
-        words = sum(len(ref) for _, ref, _ in entry["results"])
-        errors = round(wer * words / 100)
-        test_sets[part] = WerResult(
-            wer=wer,
-            lo=lo,
-            hi=hi,
-            errors=errors,
-            words=words,
-            emission_delay=entry.get("emission_delay"),
-        )
-    test_entries = decoded["test_sets"].values()
     return StudentResult(
         name=name,
         distillation=kind,
         streaming=decoded["streaming"],
-        test_sets=test_sets,
+        test_sets=_results(decoded),
         origin=Origin(
             command,
             _stamp(exp_dir, f"student-{student}")[:12],
@@ -202,12 +194,51 @@ def student_row(
         ),
         training_seconds=last["seconds"],
         num_params=decoded["num_params"],
-        rtf=sum(e["rtf"] for e in test_entries) / len(test_entries),
+        rtf=_mean_rtf(decoded),
         decoding=decoded["setting"],
         epochs=settings["training"]["num_epochs"],
         steps=last["step"],
         step_seconds=(last["seconds"] - sum(entry["took"] for entry in log)) / max(1, last["step"]),
     )
+
+
+def of_other_weights(row: StudentResult, decoded: Mapping[str, Any]) -> StudentResult:
+    """The row of the same student for other weights, which ``decoded`` is of; what training took is
+    not known of a part of it."""
+    decoding = decoded["decoding"]
+    return replace(
+        row,
+        test_sets=_results(decoded),
+        rtf=_mean_rtf(decoded),
+        decoding=decoded["setting"],
+        weights=f"epoch-{decoding['epoch']}-avg-{decoding['avg']}",
+        epochs=decoding["epoch"],
+        training_seconds=None,
+        steps=None,
+        step_seconds=None,
+    )
+
+
+def _mean_rtf(decoded: Mapping[str, Any]) -> float:
+    entries = decoded["test_sets"].values()
+    return sum(entry["rtf"] for entry in entries) / len(entries)
+
+
+def _results(decoded: Mapping[str, Any]) -> dict[str, WerResult]:
+    test_sets = {}
+    for part, entry in decoded["test_sets"].items():
+        wer, lo, hi = wer_interval(entry["results"], seed=SEED)
+        words = sum(len(ref) for _, ref, _ in entry["results"])
+        errors = round(wer * words / 100)
+        test_sets[part] = WerResult(
+            wer=wer,
+            lo=lo,
+            hi=hi,
+            errors=errors,
+            words=words,
+            emission_delay=entry.get("emission_delay"),
+        )
+    return test_sets
 
 
 def _published_section(exp_dir: Path, data_dir: Path, labels: str, command: str) -> dict[str, Any]:

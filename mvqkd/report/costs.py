@@ -99,6 +99,8 @@ def training_amounts(command: Sequence[str]) -> TrainingAmounts:
         raise RecipeError(f"{' '.join(command)}: no conf has training.num_epochs; add it")
     epochs = training["num_epochs"]
     kept = min(epochs, training.get("keep_epochs", KEEP_EPOCHS))
+    every = training.get("keep_every_epochs", 0)
+    kept += (epochs - kept) // every if every else 0
     return TrainingAmounts(epochs, share, kept + 1)
 
 

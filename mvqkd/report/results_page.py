@@ -275,6 +275,7 @@ def published_section(
     header = ["student", "distillation", "streaming", "decoding"]
     lines = [[*header, *(f"{part} WER %, published" for part in parts), "here"]]
     sources: dict[str, None] = {}
+    options: dict[str, None] = {}
     for name, confs in students.items():
         words = confs.split()
         kinds = [word.partition("/")[2] for word in words if word.startswith("distillation/")]
@@ -286,6 +287,7 @@ def published_section(
                 wers = [f"{one.wer[part]:.2f}" if part in one.wer else "-" for part in parts]
                 lines.append([*about, one.decoding.strip("-") or "-", *wers, NOT_MEASURED])
                 sources[one.source] = None
+                options |= {one.options: None} if one.options else {}
         if not of_like and not any((row.distillation, row.streaming) == like for row in rows):
             lines.append([*about, "-", *["-"] * len(parts), NOT_MEASURED])
     if len(lines) == 1:
@@ -293,7 +295,7 @@ def published_section(
     source = f"Published: {'; '.join(sources)}.\n\n" if sources else ""
     return (
         f"## Published, {NOT_MEASURED} here\n\n{_markdown(lines)}\n"
-        f"{source}`./run.sh --corpus {corpus} --device cuda`\n"
+        f"{source}`{' '.join([f'./run.sh --corpus {corpus} --device cuda', *options])}`\n"
     )
 
 

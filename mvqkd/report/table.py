@@ -80,6 +80,8 @@ class StudentResult:
     num_params: int | None = None  # of the deployed student, without the distillation head
     rtf: float | None = None  # seconds of decoding per second of speech
     decoding: str = ""  # e.g. "modified beam search, beam 4"
+    # Where a student has several rows, of which of its weights the further ones are.
+    weights: str = ""
     epochs: int | None = None
     steps: int | None = None  # updates of the weights
     step_seconds: float | None = None  # of each, decoding of the dev sets left out
@@ -102,6 +104,8 @@ class PaperResult:
     # A part of the rows' decoding setting, e.g. "epoch-30-": other epochs, chunks or searches give
     # other numbers.
     decoding: str = ""
+    # Options of run.sh that it takes to decode so.
+    options: str = ""
 
     def is_like(self, row: StudentResult) -> bool:
         return (
@@ -126,11 +130,12 @@ def with_paper(
 
 def undistilled(rows: Sequence[StudentResult], row: StudentResult) -> StudentResult | None:
     """The row that ``row`` is compared with: the first undistilled one of the same kind,
-    streaming and seed."""
+    streaming, seed and weights."""
     for other in rows:
         if (
             other.distillation == NO_DISTILLATION
             and (other.name, other.streaming) == (row.name, row.streaming)
+            and other.weights == row.weights
             and other.origin.seed == row.origin.seed
         ):
             return other

@@ -72,6 +72,8 @@ class TrainingSettings:
     average_period: int = 100
     # Epochs whose checkpoints are kept (for averaging when decoding); the last ones.
     keep_epochs: int = KEEP_EPOCHS
+    # Beside these the checkpoint of every n-th epoch is kept (0: none).
+    keep_every_epochs: int = 0
     # A checkpoint to resume from: after every epoch, and every so many seconds.
     checkpoint_seconds: float = 300
     # Checkpoints beside it, named by step, every so many steps (0: none); the last ones are kept.
@@ -404,7 +406,9 @@ def _train(task: Task, settings: TrainingSettings, folder: Path, device: torch.d
             _say(f"epoch {epoch}/{settings.num_epochs}, dev: {_shown(figures)}")
         progress.epoch, progress.batch = epoch + 1, 0
         save(folder / f"epoch-{epoch}.pt")
-        _remove(folder / f"epoch-{epoch - settings.keep_epochs}.pt")
+        outdated = epoch - settings.keep_epochs
+        if settings.keep_every_epochs == 0 or outdated % settings.keep_every_epochs > 0:
+            _remove(folder / f"epoch-{outdated}.pt")
         save(checkpoint_path)
         last_saved = time.monotonic()
 

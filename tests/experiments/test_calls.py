@@ -2,7 +2,7 @@
 
 import pytest
 
-from local import experiment
+from local import decode, experiment
 from mvqkd import cli
 from mvqkd.errors import RecipeError
 from mvqkd.experiments.grid import (
@@ -55,12 +55,18 @@ def test_options_reach_the_steps_of_librispeech(here):
     training = plan["student-streaming-mvq-l2-seed42"]
     assert values_after(training, "--nproc-per-node") == ["2"]
     assert values_after(training, "--device") == ["cuda"]
+    confs = values_after(decoding := plan["decode-streaming-mvq-l2-seed42"], "--config")
+    assert confs[-2:] == [
+        "exp/librispeech-100/grids/conf/decoding.yaml",
+        "conf/decoding/left64-chunk16-right9.yaml",
+    ]
+    words = [word for path in confs for word in ("--config", path)]
+    words += ["--exp_dir", "exp", "--test_manifests", "[a]", "--tokens_dir", "tokens"]
+    assert cli.parse(decode.Settings, words)[0].more == []  # of each student one row
     assert values_after(training, "--config")[-2:] == [
         "conf/distillation/mvq-l2.yaml",
         "exp/librispeech-100/grids/conf/seeds/42.yaml",
     ]
-    decoding = plan["decode-streaming-mvq-l2-seed42"]
-    assert "conf/decoding/left64-chunk16-right9.yaml" in values_after(decoding, "--config")
     folder = "data/librispeech-100/fbank"
     parts = ["test-clean", "test-other", "dev-clean", "dev-other"]
     manifests = ",".join(f"{folder}/{part}.jsonl.gz" for part in parts)

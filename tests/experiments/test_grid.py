@@ -303,10 +303,11 @@ def test_seeds_keep_what_decoding_reads(recipe):
         write_confs(grid, places_of(grid))
         return yaml.safe_load(seed.read_text())["training"]
 
-    assert written() == {"seed": 1, "keep_epochs": 4}
+    keep = {"keep_epochs": 4, "keep_every_epochs": 0}
+    assert written() == {"seed": 1, **keep}
     (recipe / "egs/toy/conf").mkdir()
     (recipe / "egs/toy/conf/decoding.yaml").write_text("decoding: {avg: 5}\n")
-    assert written() == {"seed": 1, "keep_epochs": 6}
+    assert written() == {"seed": 1, **keep, "keep_epochs": 6}
     # Of an epoch that is named, nothing is known.
     (recipe / "conf/decoding").mkdir()
     (recipe / "conf/decoding/tenth.yaml").write_text("decoding: {epoch: 10}\n")

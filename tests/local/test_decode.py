@@ -40,11 +40,25 @@ def test_a_checkpoint_of_icefall_as_a_student_of_our_own(plain_cuts, tmp_path, c
         ]
         monkeypatch.setattr(sys, "argv", ["decode.py", *options])
         cli.run(decode.main, decode.Settings)
-        (recogs,) = (tmp_path / exp_dir / "greedy_search").glob("recogs-test-clean-*")
+        recogs, *_ = sorted((tmp_path / exp_dir / "greedy_search").glob("recogs-test-clean-*"))
         return recogs.name, recogs.read_text()
 
     own, expected = run("student")
+    decoded = tmp_path / "student/decoded.json"
+    alone = json.loads(decoded.read_text())
+    assert "more" not in alone
     checkpoint = ("--checkpoint", str(tmp_path / "pretrained.pt"), "--causal", str(causal).lower())
     name, found = run("results", *checkpoint)
     assert found == expected and "hyp=['" in found
+    # Other weights stand beside the first, which stay what they were.
+    more = ("--more", "[{epoch: 3, avg: 0}]")
+    with pytest.raises(SystemExit):
+        run("results", *checkpoint, *more)
+    assert run("student", *more)[0].endswith("-epoch-3-avg-0.txt")
+    both = json.loads(decoded.read_text())
+    (other,) = both.pop("more")
+    assert both["setting"] == alone["setting"] and both["decoding"] == alone["decoding"]
+    assert (other["decoding"]["epoch"], other["decoding"]["avg"]) == (3, 0)
+    assert other["setting"].endswith("-epoch-3-avg-0")
+    assert other["test_sets"].keys() == both["test_sets"].keys() == {"test-clean"}
     assert own.endswith("-epoch-3-avg-10.txt") and name.endswith("-pretrained.txt")

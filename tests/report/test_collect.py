@@ -1,6 +1,7 @@
 """What the report gathers, and what its rows are called."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -153,6 +154,26 @@ def test_what_is_missing_or_damaged_is_said_with_its_stage(exp_dir, name, missin
     (exp_dir / name).unlink()
     with pytest.raises(RecipeError, match=f"{name}: no such file or folder; .*{missing}$"):
         collect(exp_dir)
+
+
+def test_other_weights_have_rows_of_their_own(exp_dir):
+    shutil.copytree(exp_dir / "none", exp_dir / "mvq")
+    (exp_dir / "stamps/student-mvq").write_text("aaaa\n")
+    change(exp_dir / "mvq/settings.json", distillation={"kind": "mvq", "in_loop": True})
+    document = json.loads((exp_dir / "none/decoded.json").read_text())
+    heard = [["one", ["a", "b"], ["a", "b"]], ["two", ["a", "b"], ["a", "b"]]]
+    other = {**document, "setting": "greedy-epoch-2", "decoding": {"epoch": 2, "avg": 1}}
+    better = {**other, "test_sets": {"test": {"rtf": 0.1, "results": heard}}}
+    change(exp_dir / "none/decoded.json", more=[other])
+    change(exp_dir / "mvq/decoded.json", more=[better])
+    rows, _ = collect_results(exp_dir, exp_dir, "mvq", ["none", "mvq"], "./run.sh")
+    assert [(row.epochs, row.weights, row.decoding) for row in rows] == 2 * [
+        (3, "", "greedy"),
+        (2, "epoch-2-avg-1", "greedy-epoch-2"),
+    ]
+    deltas = [row.test_sets["test"].delta for row in rows]
+    assert deltas == [None, None, 0.0, -25.0]
+    assert rows[1].training_seconds is rows[1].steps is rows[1].step_seconds is None
 
 
 def test_time_of_a_step_leaves_decoding_of_dev_out(exp_dir):

@@ -49,6 +49,10 @@ def test_training_of_a_share_and_its_checkpoints(settings, training, tmp_path):
     (tmp_path / "d.yaml").write_text("training: {keep_epochs: 2}\ntranscribed_share: 0.25\n")
     words = [*training.split(), "--config", str(tmp_path / "d.yaml")]
     assert cost_of("student-mvq", words, settings) == Cost(60 + 3 * 52, 3e6, None)
+    (tmp_path / "d.yaml").write_text(
+        "training: {num_epochs: 50, keep_epochs: 11, keep_every_epochs: 10}\n"
+    )
+    assert cost_of("student-mvq", words, settings).bytes == (11 + 3 + 1) * 1e6
 
 
 def test_speech_of_one_part(settings):

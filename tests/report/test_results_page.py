@@ -140,7 +140,7 @@ def test_published_numbers_that_were_not_measured(tmp_path):
         PaperResult("none", {"test": 7.09}, "The paper"),
         PaperResult("mvq", {"test": 5.82, "other": 15.98}, "The paper", decoding="-epoch-20-"),
         PaperResult("mvq", {"test": 5.5}, "The paper", decoding="-epoch-30-"),
-        PaperResult("mvq", {"test": 3.0}, "An article", streaming=True),
+        PaperResult("mvq", {"test": 3.0}, "An article", streaming=True, options="--decoding far"),
     ]
 
     def section(*rows):
@@ -158,7 +158,8 @@ def test_published_numbers_that_were_not_measured(tmp_path):
         ["ours", "mvq-l2", "no", "-", "-", "-", "not measured"],
         ["streaming-mvq", "mvq", "yes", "-", "3.00", "-", "not measured"],
     ]
-    assert "Published: The paper; An article.\n\n`./run.sh --corpus toy --device cuda`\n" in page
+    command = "./run.sh --corpus toy --device cuda --decoding far"
+    assert f"Published: The paper; An article.\n\n`{command}`\n" in page
     assert page.index("## Published, not measured here") < page.index("Mine.")
 
     # What has been measured stands beside the published in its run's own table.

@@ -57,6 +57,10 @@ def test_rows_are_compared_with_the_undistilled_student_of_their_kind():
     assert undistilled(ROWS, dataclasses.replace(MVQ, name="zipformer")) is None
     longer = dataclasses.replace(BASE, epochs=16)
     assert undistilled([*ROWS, longer], longer) is BASE
+    earlier = dataclasses.replace(MVQ, weights="epoch-4-avg-1")
+    assert undistilled(ROWS, earlier) is None
+    base = dataclasses.replace(BASE, weights="epoch-4-avg-1")
+    assert undistilled([*ROWS, base], earlier) is base
     other_seed = dataclasses.replace(MVQ, origin=dataclasses.replace(ORIGIN, seed=2))
     assert undistilled(ROWS, other_seed) is None
     assert relative_reduction(ROWS, MVQ, "test-clean") == pytest.approx(25.0)

@@ -228,6 +228,13 @@ def test_only_the_last_epochs_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("epoch-*")) == ["epoch-2.pt", "epoch-3.pt"]
 
 
+def test_every_nth_epoch_is_kept_beside_the_last(tmp_path):
+    settings = replace(SETTINGS, num_epochs=5, keep_epochs=1, keep_every_epochs=2)
+    train(Task(), settings, tmp_path, CPU)
+    names = sorted(p.name for p in tmp_path.glob("epoch-*"))
+    assert names == ["epoch-2.pt", "epoch-4.pt", "epoch-5.pt"]
+
+
 def test_resumes_from_each_checkpoint_that_is_kept(tmp_path):
     settings = replace(SETTINGS, save_every_steps=3, keep_steps=2, keep_epochs=2)
     whole = tmp_path / "whole"
