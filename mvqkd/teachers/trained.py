@@ -47,8 +47,8 @@ def save_trained(
     task.model.load_state_dict(last["model"])
     *_, line = (work_dir / "log.jsonl").open()
     figures = json.loads(line)
-    for name in ("kind", "step", "epoch"):
-        del figures[name]
+    for name in ("kind", "step", "epoch", "took"):
+        figures.pop(name, None)
     origin = {
         "command": " ".join(sys.argv),
         "seed": settings.seed,

@@ -186,7 +186,8 @@ def test_grid_says_what_was_found_and_what_was_not_measured(tmp_path, grid):
     assert cells_of(page, "none")[6:10] == ["25.00 [20.00, 30.00]", "24.00 to 26.00", "-", "-"]
     assert cells_of(page, "mvq-n4")[5:7] == ["0 of 2", "not measured"]
     assert cells_of(page, "cell")[7] == "test of a seed"
-    assert "Over so few seeds the intervals are too narrow: 2 drawn again vary 1/2 as much" in page
+    assert "Over few seeds the intervals are too narrow: three drawn again vary" in page
+    assert "A step's time, as that of training, is with decoding of the dev sets.\n" in page
     assert f"`local/experiment.py`; conf of the grid {conf_hash(grid)}; cpu." in page
     assert "aaaa, bbbb" in page and "2024-05-31, 2024-06-01" in page
     assert "has changed since" not in page
