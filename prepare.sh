@@ -15,7 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 stage=0          # first stage to run
 stop_stage=3     # last stage to run
 corpus=mini      # a folder of egs/
-size=""          # of corpus mini: smoke, small (the default) or full
+size=""          # of corpus mini: smoke, small (the default), full or large
 split=""         # of corpus digits: take (the default) or speaker
 dl_dir=""        # a copy of what would be downloaded
 untranscribed_parts=""  # speech that is learned from without its transcripts, see README.md

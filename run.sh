@@ -23,7 +23,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 stage=0              # first stage to run
 stop_stage=9         # last stage to run
 corpus=mini          # a folder of egs/
-size=""              # of corpus mini: smoke, small (the default) or full
+size=""              # of corpus mini: smoke, small (the default), full or large
 split=""             # of corpus digits: take (the default) or speaker
 dl_dir=""            # a copy of what would be downloaded
 untranscribed_parts=""  # parts of the corpus that students with a teacher learn from as well, without

@@ -2,7 +2,9 @@
 
 import pytest
 
-from local import decode, experiment
+from egs.mini import make_corpus
+from local import decode, experiment, sample_embeddings, train_student, train_teacher
+from local.check_plan import check
 from mvqkd import cli
 from mvqkd.errors import RecipeError
 from mvqkd.experiments.grid import (
@@ -100,6 +102,30 @@ def test_what_a_grid_of_the_embedded_corpus_takes(here, name, hours, gigabytes):
     # Rates of the corpus's own teacher say nothing of another.
     settings.teacher_dir = "other"
     assert "labels" not in experiment.costs_of(settings).steps
+
+
+def test_size_large_is_of_real_size(here):
+    plan = commands("--size", "large")
+    for step in plan.values():
+        check(step.name, step.words)  # its confs hold what its script knows
+
+    def settings_of(name, script):
+        return cli.parse(script.Settings, plan[name].words[2:])[0]
+
+    teacher = settings_of("teacher", train_teacher)
+    assert teacher.init == "exp/mini-large/teacher-first"
+    sizes = ("hidden_size", "num_hidden_layers", "intermediate_size")
+    assert [teacher.hubert.config[name] for name in sizes] == [768, 12, 3072]
+    assert settings_of("embeddings-mvq", sample_embeddings).layer == 10
+    student = settings_of("student-streaming-mvq-l2", train_student)
+    assert (student.model.encoder.d_model, student.model.encoder.num_encoder_layers) == (512, 12)
+    assert (student.distillation.scale, student.distillation.layer) == (5.0, 6)
+    parts = settings_of("corpus", make_corpus).parts
+    assert sum(part.minutes for part in parts.values()) / 60 > 24
+    averaged = settings_of("decode-mvq", decode).decoding.avg
+    assert student.training.keep_epochs == averaged + 1
+    done = run_sh(here, "--size", "large", "--device", "cuda", "--dry-run", "true")
+    assert ": time not measured, disk " in done.stdout and "GPU-hours not measured" in done.stdout
 
 
 def test_labels_of_the_pool_go_to_distilled_students(here):
