@@ -506,6 +506,40 @@ def test_script_fills_results_and_resumes(recipe):
     assert results["grid"]["cells"][0]["seeds_done"] == [1]
 
 
+def test_two_processes_share_the_students(recipe):
+    """Both have one in hand before either goes on; what the other has made is left as it is."""
+    names = ["none", "none-b", "none-c"]  # without labels, which are not there
+    grid_of(recipe, cells=dict.fromkeys(names, CONF["cells"]["none"]))
+    begins = 'echo "$students $labels"'
+    waits = """made=exp/toy/stamps/student-$students
+[[ ! -e $made || "$(cat "$made")" != "$(stamp "$students")" ]] || exit 0
+echo "$students" >at
+read -r _ <go
+"""
+    (recipe / "run.sh").write_text(FAKE.replace(begins, waits + begins))
+    for name in ("at", "go"):
+        os.mkfifo(recipe / name)
+    command = [sys.executable, str(ROOT / "local/experiment.py"), "--config", "grid.yaml"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # For reading and writing, so that neither end waits for the other to open it.
+    with (
+        open(os.open("at", os.O_RDWR), "r+b", buffering=0) as at,
+        open(os.open("go", os.O_RDWR), "r+b", buffering=0) as go,
+    ):
+        processes = [
+            subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)
+        ]
+        assert {at.readline(), at.readline()} == {b"none-seed1\n", b"none-b-seed1\n"}
+        go.write(b"go\n" * 6)
+        said = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    wanted = [f"{name}-seed{seed} mvq" for name in names for seed in (1, 2)]
+    assert sorted(ran(recipe)) == sorted(wanted)
+    assert any("none-seed1: in the hands of another process" in one for one in said)
+    results = json.loads((recipe / "exp/toy/grids/one/results.json").read_text())
+    assert [cell["seeds_done"] for cell in results["grid"]["cells"]] == 3 * [[1, 2]]
+
+
 def test_ended_calls_start_nothing_more(recipe):
     grid = grid_of(recipe)
     places = places_of(grid)
