@@ -120,6 +120,46 @@ def test_changed_value_remakes_its_stage_and_those_after(copy):
     assert before.keys() <= after.keys()
 
 
+def test_grid_of_two_students(copy):
+    """All of it by run.sh, on the corpus that is there, by the shipped teacher."""
+    grid = copy / "egs/mini/conf/grids/smoke.yaml"
+    grid.write_text(
+        "name: smoke\nquestion: Does it run?\ncorpus: mini\nsize: smoke\nseeds: [1]\ncells:\n"
+        "  none: {confs: distillation/none}\n"
+        "  mvq-low: {confs: distillation/mvq, like: mvq, against: none,\n"
+        "    values: {distillation: {layer: 1}}}\n"
+    )
+
+    def call(*options):
+        words = f'. ./path.sh && exec python3 local/experiment.py --config {grid} "$@"'
+        return subprocess.run(
+            ["bash", "-c", words, "grid", "--device", "cpu", "--num_jobs", "2", *options],
+            cwd=copy,
+            env=environment(),
+            capture_output=True,
+            text=True,
+        )
+
+    done = call()
+    assert done.returncode == 0, done.stderr
+    assert "smoke: 0 of 2 students are done; the other 2 will take 0 h 0" in done.stderr
+    results = json.loads((copy / "exp/mini-smoke/grids/smoke/results.json").read_text())
+    assert results["grid"]["run"] == "mini-smoke"
+    none, mvq = results["grid"]["cells"]
+    parts = {*TEST_PARTS, "dev-clean", "dev-other"}
+    assert set(none["test_sets"]) == set(mvq["test_sets"]) == parts
+    assert (mvq["distillation"], mvq["seeds_done"]) == ("mvq", [1])
+    assert mvq["test_sets"]["test-clean"]["against"]["none"]["num_seeds"] == 1
+    assert all(len(set(cell["conf_digests"]) - {""}) == 1 for cell in (none, mvq))
+    settings = json.loads((copy / "exp/mini-smoke/mvq-low-seed1/settings.json").read_text())
+    assert (settings["distillation"]["layer"], settings["training"]["seed"]) == (1, 1)
+    # As many as decoding averages over.
+    kept = {path.name for path in (copy / "exp/mini-smoke/mvq-low-seed1").glob("epoch-*.pt")}
+    assert kept == {"epoch-2.pt", "epoch-3.pt"}
+    done = call("--plan", "true")
+    assert "smoke: 2 of 2 students are done\n" in done.stderr
+
+
 def heed_interrupts():
     # A shell that was started with SIGINT ignored, as in the background, could not.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -253,7 +293,7 @@ def test_help(finished):
     [
         (("--stagee", "3"), "unknown option --stagee"),
         (("--corpus", "nope"), "--corpus nope: not known; give one of: digits "),
-        (("--size", "huge"), "--size huge: not known; give smoke, small or full"),
+        (("--size", "huge"), "--size huge: not known; give smoke, small, full or large"),
         (("--corpus", "digits", "--split", "odd"), "--split odd: not known"),
         (("--teacher", "nope"), "--teacher nope: not in conf/teacher; it has: hubert-base-ls960 "),
         ((*ARGS, "--teacher", "wavlm-large"), "leave out --teacher and --teacher-dir"),
