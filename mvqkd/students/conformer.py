@@ -219,10 +219,10 @@ class RelPositionMultiheadAttention(nn.Module):
         """
         B, T, C = x_BTC.shape
         H, D = self.nhead, self.head_dim
-        weight, bias = self.in_proj.scaled_weight(), self.in_proj.scaled_bias()
         if cache_BLC is None:
-            q, k, v = F.linear(x_BTC, weight, bias).chunk(3, dim=-1)
+            q, k, v = self.in_proj(x_BTC).chunk(3, dim=-1)
         else:
+            weight, bias = self.in_proj.scaled_weight(), self.in_proj.scaled_bias()
             q = F.linear(x_BTC, weight[:C], bias[:C])
             keys_from = torch.cat([cache_BLC, x_BTC], dim=1)
             k, v = F.linear(keys_from, weight[C:], bias[C:]).chunk(2, dim=-1)
@@ -325,12 +325,7 @@ class ConvolutionModule(nn.Module):
         ``num_cached`` frames of ``x_BTC``.
         """
         # A convolution of width 1 is a linear layer: no exchange of time and channels is needed.
-        x = F.linear(
-            x_BTC,
-            self.pointwise_conv1.scaled_weight().squeeze(-1),
-            self.pointwise_conv1.scaled_bias(),
-        )
-        x = F.glu(self.deriv_balancer1(x), dim=-1)
+        x = F.glu(self.deriv_balancer1(self.pointwise_conv1.linear(x_BTC)), dim=-1)
         if padding_BT is not None:
             x = x.masked_fill(padding_BT.unsqueeze(-1), 0.0)
         left = self.kernel_size - 1 if self.causal else self.kernel_size // 2
@@ -342,12 +337,7 @@ class ConvolutionModule(nn.Module):
             cache_BLC = x[:, num_cached : num_cached + left]
         x = self._depthwise(x)
         x = self.activation(self.deriv_balancer2(x))
-        x = F.linear(
-            x,
-            self.pointwise_conv2.scaled_weight().squeeze(-1),
-            self.pointwise_conv2.scaled_bias(),
-        )
-        return x, cache_BLC
+        return self.pointwise_conv2.linear(x), cache_BLC
 
     def _depthwise(self, x: Tensor) -> Tensor:
         conv = self.depthwise_conv
@@ -493,8 +483,10 @@ class Conv2dSubsampling(nn.Module):
             x = module(x)
         # In memory a frame is (bins, channels); the weight is for (channels, bins), and smaller.
         c3 = x.size(1)
-        weight = self.out.scaled_weight().unflatten(1, (c3, self.num_bins)).transpose(1, 2)
-        x = F.linear(x.permute(0, 2, 3, 1).flatten(2), weight.flatten(1), self.out.scaled_bias())
+        x = self.out.linear(
+            x.permute(0, 2, 3, 1).flatten(2),
+            lambda weight: weight.unflatten(1, (c3, self.num_bins)).transpose(1, 2).flatten(1),
+        )
         return self.out_balancer(self.out_norm(x))
 
 

@@ -5,12 +5,13 @@ by the exponential of a learned scalar, so that the optimizer moves the scale of
 as its direction, and keeps activations in range with :class:`ActivationBalancer`. Parameter names
 are the recipe's, so that its checkpoints load by name.
 
-Shapes: B utterances, T frames, C channels, F feature bins.
+Shapes: B utterances, T frames, C channels, F feature bins; N rows of I inputs and O outputs.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,59 @@ def _init_scaled(module: nn.Module, initial_scale: float, initial_speed: float) 
             module.register_parameter("bias_scale", None)
 
 
+def on_plain_cpu(x: Tensor) -> bool:
+    """Whether ``x`` is for the functions of our own below: on a CPU, nothing cast by autocast."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+    )
+
+
+# Elements of a product of two vectors that are added up one after the other.
+_DOT_BLOCK = 65536
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """The sum of ``x * y``; each may have any shape, and is read once."""
+    blocks = zip(x.flatten().split(_DOT_BLOCK), y.flatten().split(_DOT_BLOCK))
+    return torch.stack([torch.dot(x_block, y_block) for x_block, y_block in blocks]).sum()
+
+
+class _ScaledLinearFunction(torch.autograd.Function):
+    # exp(scale) is the factor that a matrix product takes anyway: no scaled weight is made, kept
+    # for backward, or multiplied again there. As d exp(s) W / ds is exp(s) W, the gradient of the
+    # scale is the product of the weight and its gradient.
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.factor = weight_scale.exp().item()
+        ctx.save_for_backward(x, weight)
+        x_NI, weight_IO = x.reshape(-1, x.size(-1)), weight.t()
+        if bias is None:
+            y_NO = x.new_empty(len(x_NI), len(weight))
+            y_NO.addmm_(x_NI, weight_IO, beta=0, alpha=ctx.factor)
+        else:
+            y_NO = torch.addmm(bias, x_NI, weight_IO, alpha=ctx.factor)
+        return y_NO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        x_NI, grad_NO = x.reshape(-1, x.size(-1)), grad.reshape(-1, grad.size(-1))
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.empty_like(x_NI).addmm_(grad_NO, weight, beta=0, alpha=ctx.factor)
+            grad_x = grad_x.view(x.shape)
+        grad_weight = torch.empty_like(weight)
+        grad_weight.addmm_(grad_NO.t(), x_NI, beta=0, alpha=ctx.factor)
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad_NO.sum(dim=0)
+        return grad_x, grad_weight, _dot(grad_weight, weight), grad_bias
+
+
 class _Foldable:
     """Mix-in: scales that `fold_scales` has multiplied into what they scale need not be again."""
 
@@ -53,6 +107,10 @@ class _Foldable:
     def _load_from_state_dict(self, *args, **kwargs):
         self.is_folded = False
         super()._load_from_state_dict(*args, **kwargs)
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    return weight.flatten(1)
 
 
 class _Scaled(_Foldable):
@@ -65,6 +123,17 @@ class _Scaled(_Foldable):
         if self.bias is None or self.is_folded:
             return self.bias
         return self.bias * self.bias_scale.exp()
+
+    def linear(self, x: Tensor, arrange: Callable[[Tensor], Tensor] = _as_matrix) -> Tensor:
+        """This layer, or convolution of width 1, on the last dimension of ``x``.
+
+        ``arrange`` makes of the weight the matrix (C_out, C_in) that ``x`` is multiplied by.
+        """
+        if self.is_folded or not (torch.is_grad_enabled() and on_plain_cpu(x)):
+            return F.linear(x, arrange(self.scaled_weight()), self.scaled_bias())
+        return _ScaledLinearFunction.apply(
+            x, arrange(self.weight), self.weight_scale, self.scaled_bias()
+        )
 
 
 class ScaledLinear(_Scaled, nn.Linear):
@@ -87,7 +156,7 @@ class ScaledLinear(_Scaled, nn.Linear):
         _init_scaled(self, initial_scale, initial_speed)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.scaled_weight(), self.scaled_bias())
+        return self.linear(x)
 
 
 class ScaledConv1d(_Scaled, nn.Conv1d):
@@ -136,10 +205,10 @@ class ScaledEmbedding(_Foldable, nn.Module):
 def fold_scales(model: nn.Module) -> nn.Module:
     """Multiply the learned scales into the weights of all layers of ``model``, in place.
 
-    The outputs stay the same bits. For a model that is only used: short calls (a chunk of a
-    stream, a frame of a search) spend more on scaling weights than on using them. The scales
-    become 0, so that the weights are still those of such a model; loading others undoes it.
-    Training must not go on: the scales are no longer looked at.
+    Outputs that need no gradient stay the same bits. For a model that is only used: short calls
+    (a chunk of a stream, a frame of a search) spend more on scaling weights than on using them.
+    The scales become 0, so that the weights are still those of such a model; loading others undoes
+    it. Training must not go on: the scales are no longer looked at.
 
     Returns:
       ``model``.

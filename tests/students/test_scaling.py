@@ -46,6 +46,7 @@ def test_scaled_layers_multiply_by_exp_of_scale():
     assert torch.allclose(layer(x), expected, atol=1e-6)
 
 
+@torch.no_grad()
 def test_folded_scales_give_the_same_bits():
     torch.manual_seed(0)
     layers = [
@@ -69,6 +70,24 @@ def test_folded_scales_give_the_same_bits():
         # ... and others may be loaded.
         fold_scales(layer).load_state_dict(weights)
         assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_a_scaled_linear_layer(bias):
+    torch.manual_seed(0)
+    layer = ScaledLinear(300, 500, bias=bias)
+    if bias:
+        torch.nn.init.normal_(layer.bias)
+    x, grad = torch.randn(4, 7, 300, requires_grad=True), torch.randn(4, 7, 500)
+    wanted = [x, *layer.parameters()]
+    actual = layer(x)
+    bias_in_use = layer.bias * layer.bias_scale.exp() if bias else None
+    expected = F.linear(x, layer.weight * layer.weight_scale.exp(), bias_in_use)
+    assert torch.allclose(actual, expected, atol=1e-5)
+    for a, e in zip(
+        torch.autograd.grad(actual, wanted, grad), torch.autograd.grad(expected, wanted, grad)
+    ):
+        assert (a - e).abs().max() <= 1e-5 * e.abs().max()
 
 
 def test_basic_norm():
