@@ -8,9 +8,8 @@ rest is in two steps that a compiler does not find by itself:
 - Candidates of a group share most of their entries. Only the entries in use are looked up in
   the Gram matrix, once, as moves from the current ones; all else are sums over short rows.
 
-The machine code is kept beside this file (in ``__pycache__``; ``NUMBA_CACHE_DIR`` names another
-folder), so that it is compiled once per machine type. Threads are Python's: the code runs
-without the interpreter lock, and may be called from any thread and after a fork.
+The machine code is kept, see ``mvqkd.compiled``. Threads are Python's: the code runs without the
+interpreter lock, and may be called from any thread and after a fork.
 
 Shapes: B frames, N codebooks, K entries each, M = N * K; of a group, L codebooks and A candidates;
 J candidates per codebook, their *places* 0 to J - 1 and J for the current entry; R and C rows of
@@ -18,50 +17,25 @@ the Gram matrix in use by the first and the second group of a pair. An *entry* i
 Gram matrix.
 """
 
-import pickle
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from mvqkd.compiled import compiled as _compiled
+from mvqkd.compiled import inlined as _inlined
+
 # Frames that a thread takes at a time: a few milliseconds of work, so that threads end together.
 _BLOCK_FRAMES = 32
-
-_OPTIONS = {"nogil": True, "error_model": "numpy"}
-_inlined = numba.njit(**_OPTIONS)
 
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 _LANES = 16  # of the rows below, which are padded to a multiple of it
 _WIDTH = 64  # values per comparison: one bit each of a machine word
-
-
-def _compiled(signature: str) -> Callable[[Callable], Any]:
-    """Compile at import, or read what an earlier process compiled."""
-
-    def decorate(function: Callable) -> Any:
-        dispatcher = numba.njit(**_OPTIONS)(function)
-        try:
-            dispatcher.enable_caching()
-            dispatcher.compile(signature)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            # No folder can be written, the disk is full, or a file in it is damaged.
-            warnings.warn(
-                f"the compiled search cannot be kept ({error}): each process compiles it anew, "
-                "some 10 s; set NUMBA_CACHE_DIR to a folder that can be written",
-                stacklevel=2,
-            )
-            dispatcher = numba.njit(**_OPTIONS)(function)
-            dispatcher.compile(signature)
-        return dispatcher
-
-    return decorate
 
 
 def _vector_pointer(context, builder, array_type, array, start, width):

@@ -270,7 +270,7 @@ class _DepthwiseConvFunction(torch.autograd.Function):
 
     torch's own backward of a depthwise convolution takes 4 to 10 times as long as its
     channels-last forward, which serves for the input's gradient as well: a convolution with the
-    kernel reversed. The weight's gradient is K products of shifted frames.
+    kernel reversed. The weight's gradient is compiled.
     """
 
     @staticmethod
@@ -286,15 +286,14 @@ class _DepthwiseConvFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        from mvqkd.students.scaling_cpu import depthwise_weight_gradient
+
         x, weight_CK = ctx.saved_tensors
-        C, K = weight_CK.shape
-        T = grad.size(1)
+        K = weight_CK.size(1)
         grad_x = _DepthwiseConvFunction.convolve(
             F.pad(grad, (0, 0, K - 1, K - 1)), weight_CK.flip(1).contiguous()
         )
-        grad_weight_KC = x.new_empty(K, C)
-        for k in range(K):
-            torch.sum(grad * x[:, k : k + T], dim=(0, 1), out=grad_weight_KC[k])
+        grad_weight_KC = depthwise_weight_gradient(x, grad, K).to(x.dtype)
         return grad_x, grad_weight_KC.t(), grad.sum(dim=(0, 1))
 
 
@@ -352,8 +351,9 @@ def _feed_forward(d_model: int, dim_feedforward: int, dropout: float) -> nn.Sequ
     return nn.Sequential(
         ScaledLinear(d_model, dim_feedforward),
         ActivationBalancer(channel_dim=-1),
-        DoubleSwish(),
-        Dropout(dropout),
+        DoubleSwish(dropout),
+        # Where the published model has the dropout: parameters are named by their places.
+        nn.Identity(),
         ScaledLinear(dim_feedforward, d_model, initial_scale=0.25),
     )
 
@@ -393,10 +393,10 @@ class ConformerEncoderLayer(nn.Module):
             alpha = min(self.bypass_scale + warmup, 1.0)
             if self.layer_dropout > 0.0 and torch.rand(()).item() > 1.0 - self.layer_dropout:
                 alpha = self.bypass_scale
-        x = x_BTC + self.dropout(self.feed_forward_macaron(x_BTC))
-        x = x + self.dropout(self.self_attn(x, pos_PC, mask))
-        x = x + self.dropout(self.conv_module(x, padding_BT)[0])
-        x = x + self.dropout(self.feed_forward(x))
+        x = self.dropout(self.feed_forward_macaron(x_BTC), x_BTC)
+        x = self.dropout(self.self_attn(x, pos_PC, mask), x)
+        x = self.dropout(self.conv_module(x, padding_BT)[0], x)
+        x = self.dropout(self.feed_forward(x), x)
         x = self.norm_final(self.balancer(x))
         return x if alpha == 1.0 else torch.lerp(x_BTC, x, alpha)
 

@@ -19,11 +19,6 @@ from torch import Tensor, nn
 
 from mvqkd.errors import RecipeError
 
-# Elements worked on at once by the element-wise CPU code below. 32 k floats are 128 KiB: input,
-# output and temporaries stay in the second-level cache, and the passes over them cost arithmetic
-# instead of memory traffic.
-_CACHE_BLOCK = 32768
-
 
 def _init_scaled(module: nn.Module, initial_scale: float, initial_speed: float) -> None:
     """Draw ``module.weight`` and set its scales so that the layer starts at ``initial_scale``.
@@ -248,36 +243,32 @@ class BasicNorm(nn.Module):
         return x * (x.square().mean(dim=-1, keepdim=True) + self.eps.exp()).rsqrt()
 
 
+def _has_kernels(x: Tensor) -> bool:
+    """Whether the compiled kernels, which compute in float32, are for ``x``."""
+    return x.device.type == "cpu" and x.dtype != torch.float64
+
+
 class _DoubleSwishFunction(torch.autograd.Function):
-    # Only the derivative is kept: with s = sigmoid(x - 1) and y = x s it is s + y (1 - s), a few
-    # cheap passes while s is at hand, so that backward is a product. Autograd would keep three.
+    # Only the derivative is kept: with s = sigmoid(x - 1) and y = x s it is s + y (1 - s), cheap
+    # while s is at hand, so that backward is a product. Autograd would keep three tensors. On a
+    # CPU the dropout of the output is done in the same pass, and is part of the derivative.
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        y, derivative = torch.empty_like(x), torch.empty_like(x)
-        if x.is_cuda or x.numel() <= _CACHE_BLOCK:
-            blocks = [(x, y, derivative, torch.empty_like(x))]
+    def forward(ctx, x: Tensor, dropout: float) -> Tensor:
+        if _has_kernels(x):
+            from mvqkd.students.scaling_cpu import DropKey, double_swish
+
+            y, derivative = (result.to(x.dtype) for result in double_swish(x, DropKey(dropout)))
         else:
-            s = x.new_empty(_CACHE_BLOCK)
-            blocks = [
-                (x_block, y_block, d_block, s[: x_block.numel()])
-                for x_block, y_block, d_block in zip(_blocks(x), _blocks(y), _blocks(derivative))
-            ]
-        for x_block, y_block, d_block, s_block in blocks:
-            torch.sub(x_block, 1.0, out=s_block).sigmoid_()
-            torch.mul(x_block, s_block, out=y_block)
-            torch.add(y_block, s_block, out=d_block).addcmul_(y_block, s_block, value=-1.0)
+            s = (x - 1.0).sigmoid_()
+            y = x * s
+            derivative = torch.add(y, s).addcmul_(y, s, value=-1.0)
         ctx.save_for_backward(derivative)
         return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx, grad: Tensor):
         (derivative,) = ctx.saved_tensors
-        return grad * derivative
-
-
-def _blocks(x: Tensor) -> tuple[Tensor, ...]:
-    """``x`` in its memory order, in flat blocks of ``_CACHE_BLOCK`` elements (views)."""
-    return x.as_strided((x.numel(),), (1,)).split(_CACHE_BLOCK)
+        return grad * derivative, None
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -287,37 +278,46 @@ def _is_dense(x: Tensor) -> bool:
 
 
 class DoubleSwish(nn.Module):
-    """``x * sigmoid(x - 1)``, close to ``swish(swish(x))``; keeps one tensor for backward."""
+    """``x * sigmoid(x - 1)``, close to ``swish(swish(x))``; keeps one tensor for backward.
+
+    ``dropout`` is the probability with which an element of the output is dropped in training, as
+    by a :class:`Dropout` that follows.
+    """
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self.dropout(x * (x - 1.0).sigmoid())
         if not _is_dense(x):
             x = x.contiguous()
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _DoubleSwishFunction.apply(x)
-        return x * (x - 1.0).sigmoid()
+        if _has_kernels(x):
+            return _DoubleSwishFunction.apply(x, self.dropout.p if self.training else 0.0)
+        return self.dropout(_DoubleSwishFunction.apply(x, 0.0))
 
 
 class _DropoutFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, threshold: int) -> Tensor:
-        # A 64-bit draw serves four elements: a fifth of the time of a Bernoulli draw for each.
-        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        keep = (draws.view(torch.int16)[: x.numel()] >= threshold - 2**15).view(x.shape)
-        ctx.scale = 2**16 / (2**16 - threshold)
-        ctx.save_for_backward(keep)
-        return (x * keep).mul_(ctx.scale)
+    def forward(ctx, x: Tensor, residual: Tensor | None, p: float) -> Tensor:
+        from mvqkd.students.scaling_cpu import DropKey, drop
+
+        ctx.key, ctx.has_residual = DropKey(p), residual is not None
+        return drop(x, ctx.key, residual)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (keep,) = ctx.saved_tensors
-        return (grad * keep).mul_(ctx.scale), None
+        from mvqkd.students.scaling_cpu import drop
+
+        return drop(grad, ctx.key), grad if ctx.has_residual else None, None
 
 
 class Dropout(nn.Module):
-    """``nn.Dropout``, faster on a CPU and with a mask of one byte per element.
+    """``nn.Dropout``, faster on a CPU and without a mask in memory.
 
-    There the probability is rounded to a multiple of 2^-16 and elements are drawn from torch's
-    default generator; elsewhere it is torch's own.
+    There the probability is rounded to a multiple of 2^-32, and what is dropped depends on one
+    draw from torch's default generator; elsewhere it is torch's own.
     """
 
     def __init__(self, p: float):
@@ -326,37 +326,60 @@ class Dropout(nn.Module):
             raise RecipeError(f"dropout: {p} is no probability below 1; set 0 to 0.99")
         self.p = p
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0:
-            return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.p, training=True)
-        return _DropoutFunction.apply(x, round(self.p * 2**16))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``x`` of which some is dropped, plus ``residual``."""
+        if self.training and self.p > 0.0:
+            if _has_kernels(x):
+                return _DropoutFunction.apply(x, residual, self.p)
+            x = F.dropout(x, self.p, training=True)
+        return x if residual is None else residual + x
 
 
 class _BalancerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, balancer: ActivationBalancer, strength: float) -> Tensor:
-        dims = [d for d in range(x.dim()) if d != balancer.channel_dim % x.dim()]
-        positive = (x > 0).to(torch.float32).mean(dim=dims, keepdim=True)
-        mean_abs = torch.linalg.vector_norm(x, 1, dim=dims, keepdim=True, dtype=torch.float32)
-        mean_abs /= x.numel() // mean_abs.numel()
+        ctx.channel_dim = balancer.channel_dim
+        positive, share_C, mean_abs_C = _BalancerFunction._statistics(x, ctx.channel_dim)
         low, high = balancer.min_positive, balancer.max_positive
-        factor = torch.zeros_like(positive)
+        factor_C = torch.zeros_like(share_C)
         if low > 0.0:
-            factor += (low - positive).relu() * (strength / low)
+            factor_C += (low - share_C).relu() * (strength / low)
         if high < 1.0:
-            factor -= (positive - high).relu() * (strength / (1.0 - high))
-        scale = (mean_abs < balancer.min_abs).float() - (mean_abs > balancer.max_abs).float()
-        ctx.save_for_backward(x, factor, scale * strength)
+            factor_C -= (share_C - high).relu() * (strength / (1.0 - high))
+        scale_C = (mean_abs_C < balancer.min_abs).float() - (mean_abs_C > balancer.max_abs).float()
+        scale_C *= strength
+        # A positive value is pushed by factor + scale, a negative one by factor - scale.
+        ctx.save_for_backward(positive, factor_C + scale_C, factor_C - scale_C)
         return x
 
     @staticmethod
+    def _statistics(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What is positive, and per channel its share and the mean absolute value."""
+        if _has_kernels(x):
+            from mvqkd.students.scaling_cpu import channel_statistics
+
+            return channel_statistics(x.movedim(channel_dim, -1).flatten(0, -2))
+        dims = [d for d in range(x.dim()) if d != channel_dim % x.dim()]
+        positive = x > 0
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        mean_abs_C = torch.linalg.vector_norm(x, 1, dim=dims, dtype=dtype)
+        mean_abs_C /= x.numel() // mean_abs_C.numel()
+        return positive, positive.to(dtype).mean(dim=dims), mean_abs_C
+
+    @staticmethod
     def backward(ctx, grad: Tensor):
-        x, factor, scale = ctx.saved_tensors
-        # A positive value is pushed by factor + scale, a negative one by factor - scale.
-        push = torch.where(x > 0, (factor + scale).to(grad.dtype), (factor - scale).to(grad.dtype))
-        return torch.addcmul(grad, grad.abs(), push, value=-1.0), None, None
+        positive, up_C, down_C = ctx.saved_tensors
+        if _has_kernels(grad):
+            from mvqkd.students.scaling_cpu import push
+
+            grad = grad.movedim(ctx.channel_dim, -1)
+            pushed = push(grad.flatten(0, -2), positive, up_C, down_C).view(grad.shape)
+            return pushed.movedim(-1, ctx.channel_dim).to(grad.dtype), None, None
+        shape = [1] * grad.dim()
+        shape[ctx.channel_dim] = -1
+        up, down = (values_C.to(grad.dtype).view(shape) for values_C in (up_C, down_C))
+        push_by = torch.where(positive, up, down)
+        return torch.addcmul(grad, grad.abs(), push_by, value=-1.0), None, None
 
 
 class ActivationBalancer(nn.Module):

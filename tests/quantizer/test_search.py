@@ -12,7 +12,6 @@ from benchmarks.quantizer.encode_rate import frames_like_embeddings
 from mvqkd.quantizer import QuantizerSettings, train_quantizer
 from mvqkd.quantizer.quantizer import Quantizer
 from mvqkd.quantizer.search import SearchTables, num_candidates
-from mvqkd.quantizer.search_cpu import _compiled
 from tests.quantizer.peer import frames_for, pair
 
 
@@ -307,12 +306,3 @@ def test_a_frame_that_is_no_numbers_harms_no_other():
     sound[[3, 7, 11, 12]] = False
     assert torch.equal(found[sound], expected[sound])
     ours.decode(found)
-
-
-def test_a_search_that_cannot_be_kept_is_compiled_anew():
-    # A function without a file has no folder beside it, as in one that cannot be written.
-    names = {}
-    exec(compile("def successor(n): return n + 1", "<string>", "exec"), names)
-    with pytest.warns(UserWarning, match="NUMBA_CACHE_DIR"):
-        successor = _compiled("int64(int64)")(names["successor"])
-    assert successor(2) == 3

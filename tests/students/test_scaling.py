@@ -96,16 +96,39 @@ def test_basic_norm():
     assert torch.allclose(BasicNorm().double()(x), expected, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(2, 3, 5), (2, 70, 1000)])
-def test_double_swish_and_gradient(shape):
+def test_double_swish_and_gradient(shape, dtype):
     torch.manual_seed(0)
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    x = (20 * torch.randn(shape, dtype=dtype)).requires_grad_()
     grad = torch.randn_like(x)
     y = DoubleSwish()(x)
     (actual,) = torch.autograd.grad(y, x, grad)
     expected = x * torch.sigmoid(x - 1)
-    assert torch.allclose(y, expected)
-    assert torch.allclose(actual, torch.autograd.grad(expected, x, grad)[0])
+    assert torch.allclose(y, expected, atol=1e-6)
+    assert torch.allclose(actual, torch.autograd.grad(expected, x, grad)[0], atol=1e-6)
+
+
+def test_double_swish_of_what_is_no_number_is_none():
+    x = torch.tensor([math.nan, 1.0], requires_grad=True)
+    y = DoubleSwish()(x)
+    y.sum().backward()
+    assert y.isnan().tolist() == x.grad.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_double_swish_with_dropout(dtype):
+    torch.manual_seed(0)
+    x = (torch.rand(200, 333, dtype=dtype) + 0.5).requires_grad_()
+    layer = DoubleSwish(dropout=0.25)
+    y = layer(x)
+    y.sum().backward()
+    whole = layer.eval()(x)
+    kept = y != 0
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.005)
+    assert torch.allclose(y[kept], whole[kept] / 0.75)
+    (grad,) = torch.autograd.grad(whole.sum(), x)
+    assert torch.allclose(x.grad, grad * kept / 0.75, atol=1e-6)
 
 
 def test_double_swish_keeps_channels_last_order():
@@ -128,6 +151,29 @@ def test_dropout_share_scale_and_gradient():
     assert Dropout(0.1).eval()(x) is x
     with pytest.raises(RecipeError, match="dropout"):
         Dropout(1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_onto_a_residual(dtype):
+    x, residual = torch.ones(2, 50, 100, dtype=dtype), torch.full((50, 100), 2.0, dtype=dtype)
+    x, residual = x.transpose(1, 2).requires_grad_(), residual.t().expand(2, 100, 50)
+    residual = residual.clone().requires_grad_()
+    layer = Dropout(0.5)
+    y = layer(x, residual)
+    assert y.dtype == dtype and set(y.unique().tolist()) == {2.0, 4.0}
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach() - 2) and bool((residual.grad == 1).all())
+    assert torch.equal(layer.eval()(x, residual), x + residual)
+
+
+def test_dropouts_differ():
+    layer, x = Dropout(0.5), torch.ones(10000)
+    torch.manual_seed(0)
+    kept = [(layer(x) > 0).float() for _ in range(4)]
+    together = torch.stack(kept).corrcoef() - torch.eye(4)
+    assert together.abs().max() < 0.05
+    # Neighbours, too, do not depend on each other.
+    assert (kept[0][1:] * kept[0][:-1]).mean().item() == pytest.approx(0.25, abs=0.02)
 
 
 def test_dropout_repeats_from_a_generator_state():
@@ -164,3 +210,25 @@ def test_balancer_is_identity_where_off_and_applies_as_often_as_asked():
     balancer.balance_prob = 0.25
     applied = sum(balancer(x) is not x for _ in range(400))
     assert 70 < applied < 130
+
+
+@pytest.mark.parametrize("shape, channel_dim", [((3, 70, 96), -1), ((2, 8, 30, 20), 1)])
+def test_compiled_balancer_equals_torch(shape, channel_dim):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator)
+    # Channels of all kinds.
+    sizes = torch.linspace(0.05, 3.0, shape[channel_dim])
+    view = [-1 if d == channel_dim % x.dim() else 1 for d in range(x.dim())]
+    x = (x + sizes.flip(0).sub(1.5).view(view)) * sizes.view(view)
+    if x.dim() == 4:
+        x = x.to(memory_format=torch.channels_last)
+    grad = torch.randn(shape, generator=generator)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        x_of_type = x.detach().to(dtype, copy=True).requires_grad_()
+        balancer = ActivationBalancer(channel_dim, 0.3, 0.6, max_abs=2.0, balance_prob=1.0)
+        balancer(x_of_type).backward(grad.to(dtype))
+        found.append(x_of_type.grad)
+    compiled, by_torch = found
+    assert not torch.equal(compiled, grad)
+    assert torch.allclose(compiled.double(), by_torch, atol=1e-6)
