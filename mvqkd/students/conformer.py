@@ -7,12 +7,13 @@ layer-wise warm-up. Parameter names are the recipe's.
 
 Shapes: B utterances, T output frames (25 Hz), S key frames (cached ones first), F feature bins,
 C channels (``d_model``), H heads, D channels per head, P relative positions, K kernel width,
-L cached frames. Feature frames are those of 10 ms.
+L cached frames, c queries of a block, N = H * B. Feature frames are those of 10 ms.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -131,14 +132,22 @@ class _AttentionMask:
             self.bias = torch.zeros(masked.shape, dtype=dtype, device=masked.device)
             self.bias.masked_fill_(masked, float("-inf"))
 
-    def softmax(self, scores_HBTS: Tensor, rows: slice) -> Tensor:
-        """Attention weights of the queries ``rows``, which ``scores_HBTS`` holds."""
+    def softmax_(self, scores_HBTS: Tensor, rows: slice) -> Tensor:
+        """Attention weights of the queries ``rows``, in place of ``scores_HBTS``."""
         if self.bias is not None:
-            bias = self.bias if self.bias.size(-2) == 1 else self.bias[..., rows, :]
-            scores_HBTS = scores_HBTS + bias
+            scores_HBTS += self.bias if self.bias.size(-2) == 1 else self.bias[..., rows, :]
+        weights = torch.softmax(scores_HBTS, dim=-1, out=scores_HBTS)
+        if self.empty_rows is not None:
+            weights.masked_fill_(self.empty_rows[..., rows, :], 0.0)
+        return weights
+
+    def softmax(self, scores_HBTS: Tensor) -> Tensor:
+        """Attention weights of all queries."""
+        if self.bias is not None:
+            scores_HBTS = scores_HBTS + self.bias
         weights = scores_HBTS.softmax(dim=-1)
         if self.empty_rows is not None:
-            weights = weights.masked_fill(self.empty_rows[..., rows, :], 0.0)
+            weights = weights.masked_fill(self.empty_rows, 0.0)
         return weights
 
 
@@ -182,8 +191,116 @@ def _shift_to_keys(scores: Tensor, num_keys: int) -> Tensor:
     return scores.as_strided((n, t, num_keys), (t * p, p - 1, 1), scores.storage_offset() + t - 1)
 
 
-# Queries that the attention on a CPU works on at once.
-_QUERY_BLOCK = 64
+class _AttentionFunction(torch.autograd.Function):
+    """What :class:`RelPositionMultiheadAttention` does between its projections, on a CPU.
+
+    A query needs S of the S + T - 1 distances. A block of c queries is scored for S + c - 1 of
+    them, and its scores are still in the cache when they become weights. Each step writes where
+    the one before it has written; of the steps the weights alone are kept for backward. torch's
+    own fused attention takes the position scores as a bias for all pairs of frames; on a CPU it
+    gives no gradient for it, and falls back to products that write all pairs out several times.
+    """
+
+    # Queries in a block.
+    block = 64
+
+    @staticmethod
+    def forward(
+        ctx,
+        q_BTC: Tensor,
+        k_BSC: Tensor,
+        v_BSC: Tensor,
+        p_HPD: Tensor,
+        u_HD: Tensor,
+        w_HD: Tensor,
+        mask: _AttentionMask,
+    ) -> Tensor:
+        (B, T, C), S, (H, _, D) = q_BTC.shape, k_BSC.size(1), p_HPD.shape
+        q, k, v = (_by_head(x, H) for x in (q_BTC, k_BSC, v_BSC))
+        q *= D**-0.5
+        q_content, q_position = q + u_HD.view(H, 1, 1, D), q + w_HD.view(H, 1, 1, D)
+        k_NSD, v_NSD = k.flatten(0, 1), v.flatten(0, 1)
+        out_NTD = torch.empty_like(q).flatten(0, 1)
+        kept = []
+        for rows, scores, by_distance in _AttentionFunction._blocks(q, S):
+            c, distances = by_distance.size(2), _distances(rows, T, S)
+            torch.bmm(
+                q_position[:, :, rows].reshape(H, B * c, D),
+                p_HPD[:, distances].transpose(1, 2),
+                out=by_distance.view(H, B * c, -1),
+            )
+            scores_NcS = scores.flatten(0, 1)
+            torch.bmm(q_content.flatten(0, 1)[:, rows], k_NSD.transpose(1, 2), out=scores_NcS)
+            scores_NcS += _shift_to_keys(by_distance.flatten(0, 1), S)
+            weights = mask.softmax_(scores, rows)
+            torch.bmm(weights.flatten(0, 1), v_NSD, out=out_NTD[:, rows])
+            kept.append(weights)
+        ctx.save_for_backward(q, k_NSD, v_NSD, p_HPD, u_HD, w_HD, *kept)
+        return out_NTD.view(H, B, T, D).permute(1, 2, 0, 3).reshape(B, T, C)
+
+    @staticmethod
+    def _blocks(q_HBTD: Tensor, S: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Each block's queries, memory for its scores, and for those by distance: zeros, which
+        all blocks share."""
+        H, B, T, _ = q_HBTD.shape
+        by_distance = None
+        for start in range(0, T, _AttentionFunction.block):
+            rows = slice(start, min(start + _AttentionFunction.block, T))
+            c = rows.stop - rows.start
+            if by_distance is None or by_distance.size(2) != c:
+                by_distance = q_HBTD.new_zeros(H, B, c, S + c - 1)
+            yield rows, q_HBTD.new_empty(H, B, c, S), by_distance
+
+    @staticmethod
+    def backward(ctx, grad_BTC: Tensor):
+        q, k_NSD, v_NSD, p_HPD, u_HD, w_HD, *kept = ctx.saved_tensors
+        (H, B, T, D), S = q.shape, k_NSD.size(1)
+        q_content, q_position = q + u_HD.view(H, 1, 1, D), q + w_HD.view(H, 1, 1, D)
+        grad_NTD = _by_head(grad_BTC, H).flatten(0, 1)
+        grad_content, grad_position = torch.empty_like(q), torch.empty_like(q)
+        grad_k, grad_v = torch.zeros_like(k_NSD), torch.zeros_like(v_NSD)
+        grad_p = torch.zeros_like(p_HPD)
+        for weights, (rows, grad_scores, by_distance) in zip(
+            kept, _AttentionFunction._blocks(q, S)
+        ):
+            c, distances = by_distance.size(2), _distances(rows, T, S)
+            weights_NcS, grad_NcS = weights.flatten(0, 1), grad_scores.flatten(0, 1)
+            grad_v.baddbmm_(weights_NcS.transpose(1, 2), grad_NTD[:, rows])
+            # Of the weights w: that of a score is w (g - sum(w g)), g being that of its weight.
+            torch.bmm(grad_NTD[:, rows], v_NSD.transpose(1, 2), out=grad_NcS)
+            torch._softmax_backward_data(
+                grad_scores, weights, -1, weights.dtype, grad_input=grad_scores
+            )
+            torch.bmm(grad_NcS, k_NSD, out=grad_content.flatten(0, 1)[:, rows])
+            grad_k.baddbmm_(grad_NcS.transpose(1, 2), q_content.flatten(0, 1)[:, rows])
+            # What lies outside of the view is a distance that no key is at.
+            _shift_to_keys(by_distance.flatten(0, 1), S).copy_(grad_NcS)
+            grad_distance = by_distance.view(H, B * c, -1)
+            grad_position[:, :, rows] = torch.bmm(grad_distance, p_HPD[:, distances]).view(
+                H, B, c, D
+            )
+            grad_p[:, distances].baddbmm_(
+                grad_distance.transpose(1, 2), q_position[:, :, rows].reshape(H, B * c, D)
+            )
+        grad_u, grad_w = grad_content.sum(dim=(1, 2)), grad_position.sum(dim=(1, 2))
+        grad_q = grad_content.add_(grad_position).mul_(D**-0.5)
+        grads = (x.view(H, B, -1, D) for x in (grad_q, grad_k, grad_v))
+        return *(x.permute(1, 2, 0, 3).flatten(2) for x in grads), grad_p, grad_u, grad_w, None
+
+
+def _by_head(x_BTC: Tensor, H: int) -> Tensor:
+    """A copy (H, B, T, D): heads come first, so that the position scores of all utterances, which
+    share their keys, are one matrix product per head."""
+    return (
+        x_BTC.unflatten(-1, (H, -1))
+        .permute(2, 0, 1, 3)
+        .clone(memory_format=torch.contiguous_format)
+    )
+
+
+def _distances(rows: slice, T: int, S: int) -> slice:
+    """Of the S + T - 1 distances those of the queries ``rows``."""
+    return slice(T - rows.stop, T - rows.start + S - 1)
 
 
 class RelPositionMultiheadAttention(nn.Module):
@@ -217,8 +334,7 @@ class RelPositionMultiheadAttention(nn.Module):
 
         ``pos_PC`` comes from :class:`RelPositionalEncoding` for T queries and L + T keys.
         """
-        B, T, C = x_BTC.shape
-        H, D = self.nhead, self.head_dim
+        C, H, D = self.d_model, self.nhead, self.head_dim
         if cache_BLC is None:
             q, k, v = self.in_proj(x_BTC).chunk(3, dim=-1)
         else:
@@ -226,43 +342,42 @@ class RelPositionMultiheadAttention(nn.Module):
             q = F.linear(x_BTC, weight[:C], bias[:C])
             keys_from = torch.cat([cache_BLC, x_BTC], dim=1)
             k, v = F.linear(keys_from, weight[C:], bias[C:]).chunk(2, dim=-1)
-        S = k.size(1)
 
-        # Heads come first, so that the position scores of all utterances, which share their
-        # keys, are one matrix product per head.
-        def by_head(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (H, D)).permute(2, 0, 1, 3)
-
-        q = by_head(q) * D**-0.5
-        u = (self.pos_bias_u * self.pos_bias_u_scale.exp()).view(H, 1, 1, D)
-        w = (self.pos_bias_v * self.pos_bias_v_scale.exp()).view(H, 1, 1, D)
-        q_content = (q + u).reshape(H * B, T, D)
-        q_position = q + w
-        k = by_head(k).reshape(H * B, S, D)
-        v = by_head(v).reshape(H * B, S, D)
-        p = self.linear_pos(pos_PC).view(-1, H, D).permute(1, 2, 0)
-
-        # A query needs S of the S + T - 1 distances. A block of c queries is scored for S + c - 1
-        # of them, and its scores are still in the cache when they become weights.
-        block = _QUERY_BLOCK if x_BTC.device.type == "cpu" else T
-        outputs = []
-        for start in range(0, T, block):
-            rows = slice(start, min(start + block, T))
-            c = rows.stop - rows.start
-            by_distance = torch.bmm(
-                q_position[:, :, rows].reshape(H, B * c, D),
-                p[:, :, T - rows.stop : T - rows.start + S - 1],
-            )
-            scores = torch.baddbmm(
-                _shift_to_keys(by_distance.view(H * B, c, -1), S),
-                q_content[:, rows],
-                k.transpose(1, 2),
-            )
-            weights = mask.softmax(scores.view(H, B, c, S), rows)
-            outputs.append(torch.bmm(weights.view(H * B, c, S), v))
-        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        out = out.view(H, B, T, D).permute(1, 2, 0, 3).reshape(B, T, C)
+        u = self.pos_bias_u * self.pos_bias_u_scale.exp()
+        w = self.pos_bias_v * self.pos_bias_v_scale.exp()
+        p = self.linear_pos(pos_PC).view(-1, H, D).transpose(0, 1)
+        if x_BTC.device.type == "cpu" and not torch.jit.is_tracing():
+            # Under autocast q is in half precision, and a function of our own is not cast for.
+            u, w = u.to(q.dtype), w.to(q.dtype)
+            out = _AttentionFunction.apply(q, k, v, p, u, w, mask)
+        else:
+            out = self._attend(q, k, v, p, u, w, mask)
         return self.out_proj(out)
+
+    @staticmethod
+    def _attend(
+        q_BTC: Tensor,
+        k_BSC: Tensor,
+        v_BSC: Tensor,
+        p_HPD: Tensor,
+        u_HD: Tensor,
+        w_HD: Tensor,
+        mask: _AttentionMask,
+    ) -> Tensor:
+        (B, T, _), S, (H, _, D) = q_BTC.shape, k_BSC.size(1), p_HPD.shape
+        q, k, v = (x.unflatten(-1, (H, D)).permute(2, 0, 1, 3) for x in (q_BTC, k_BSC, v_BSC))
+        q = q * D**-0.5
+        by_distance = torch.bmm(
+            (q + w_HD.view(H, 1, 1, D)).reshape(H, B * T, D), p_HPD.transpose(1, 2)
+        )
+        scores = torch.baddbmm(
+            _shift_to_keys(by_distance.view(H * B, T, -1), S),
+            (q + u_HD.view(H, 1, 1, D)).reshape(H * B, T, D),
+            k.reshape(H * B, S, D).transpose(1, 2),
+        )
+        weights = mask.softmax(scores.view(H, B, T, S)).view(H * B, T, S)
+        out = torch.bmm(weights, v.reshape(H * B, S, D))
+        return out.view(H, B, T, D).permute(1, 2, 0, 3).flatten(2)
 
 
 class _DepthwiseConvFunction(torch.autograd.Function):
