@@ -401,7 +401,7 @@ class _DepthwiseConvFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        from mvqkd.students.scaling_cpu import depthwise_weight_gradient
+        from mvqkd.cpu_kernels import depthwise_weight_gradient
 
         x, weight_CK = ctx.saved_tensors
         K = weight_CK.size(1)

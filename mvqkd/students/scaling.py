@@ -255,7 +255,7 @@ class _DoubleSwishFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, dropout: float) -> Tensor:
         if _has_kernels(x):
-            from mvqkd.students.scaling_cpu import DropKey, double_swish
+            from mvqkd.cpu_kernels import DropKey, double_swish
 
             y, derivative = (result.to(x.dtype) for result in double_swish(x, DropKey(dropout)))
         else:
@@ -301,14 +301,14 @@ class DoubleSwish(nn.Module):
 class _DropoutFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, residual: Tensor | None, p: float) -> Tensor:
-        from mvqkd.students.scaling_cpu import DropKey, drop
+        from mvqkd.cpu_kernels import DropKey, drop
 
         ctx.key, ctx.has_residual = DropKey(p), residual is not None
         return drop(x, ctx.key, residual)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        from mvqkd.students.scaling_cpu import drop
+        from mvqkd.cpu_kernels import drop
 
         return drop(grad, ctx.key), grad if ctx.has_residual else None, None
 
@@ -356,7 +356,7 @@ class _BalancerFunction(torch.autograd.Function):
     def _statistics(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, Tensor]:
         """What is positive, and per channel its share and the mean absolute value."""
         if _has_kernels(x):
-            from mvqkd.students.scaling_cpu import channel_statistics
+            from mvqkd.cpu_kernels import channel_statistics
 
             return channel_statistics(x.movedim(channel_dim, -1).flatten(0, -2))
         dims = [d for d in range(x.dim()) if d != channel_dim % x.dim()]
@@ -370,7 +370,7 @@ class _BalancerFunction(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         positive, up_C, down_C = ctx.saved_tensors
         if _has_kernels(grad):
-            from mvqkd.students.scaling_cpu import push
+            from mvqkd.cpu_kernels import push
 
             grad = grad.movedim(ctx.channel_dim, -1)
             pushed = push(grad.flatten(0, -2), positive, up_C, down_C).view(grad.shape)

@@ -57,7 +57,8 @@ class Eve(_OfAdamsKind):
       weight_decay: the share of a large tensor that one step takes away, whatever the rate.
       target_rms: the root mean square above which a tensor decays.
 
-    All parameters of a group are updated in a few calls that each handle every tensor.
+    All parameters of a group are updated in a few calls that each handle every tensor; on a CPU
+    all of it but the norms is one pass over memory.
     """
 
     scalar_min = -10.0
@@ -95,34 +96,41 @@ class Eve(_OfAdamsKind):
         exp_avgs = [self.state[p]["exp_avg"] for p in params]
         exp_avg_sqs = [self.state[p]["exp_avg_sq"] for p in params]
 
-        torch._foreach_mul_(exp_avgs, beta1)
-        torch._foreach_add_(exp_avgs, grads, alpha=1 - beta1)
-        torch._foreach_mul_(exp_avg_sqs, beta2)
-        torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
-        denoms = torch._foreach_sqrt(exp_avg_sqs)
-        torch._foreach_mul_(denoms, (1 - beta2**step) ** -0.5)
-        torch._foreach_add_(denoms, group["eps"])
+        kept = self._kept(params, group)
+        root_factor, rate = (1 - beta2**step) ** -0.5, group["lr"] / (1 - beta1**step)
+        if all(p.is_cpu and p.dtype == torch.float32 and p.is_contiguous() for p in params):
+            from mvqkd.cpu_kernels import eve
 
-        tensors = [p for p in params if p.numel() > 1]
-        if tensors:
-            # On a GPU the comparison stays on the device, so that nothing waits for it.
-            norms = torch.stack(torch._foreach_norm(tensors))
-            limits = torch.tensor(
-                [group["target_rms"] * math.sqrt(p.numel()) for p in tensors],
-                dtype=norms.dtype,
-            ).to(norms.device, non_blocking=True)
-            if norms.is_cuda:
-                factors = 1.0 - group["weight_decay"] * (norms > limits).to(norms.dtype)
-                torch._foreach_mul_(tensors, list(factors.unbind()))
-            else:
-                decaying = [p for p, large in zip(tensors, (norms > limits).tolist()) if large]
-                if decaying:
-                    torch._foreach_mul_(decaying, 1.0 - group["weight_decay"])
-        torch._foreach_addcdiv_(params, exp_avgs, denoms, value=-group["lr"] / (1 - beta1**step))
+            betas, eps = group["betas"], group["eps"]
+            eve(params, grads, exp_avgs, exp_avg_sqs, kept, betas, root_factor, eps, rate)
+        else:
+            torch._foreach_mul_(exp_avgs, beta1)
+            torch._foreach_add_(exp_avgs, grads, alpha=1 - beta1)
+            torch._foreach_mul_(exp_avg_sqs, beta2)
+            torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
+            denoms = torch._foreach_sqrt(exp_avg_sqs)
+            torch._foreach_mul_(denoms, root_factor)
+            torch._foreach_add_(denoms, group["eps"])
+            torch._foreach_mul_(params, list(kept.unbind()))
+            torch._foreach_addcdiv_(params, exp_avgs, denoms, value=-rate)
         scalars = [p for p in params if p.numel() == 1]
         if scalars:
             torch._foreach_clamp_min_(scalars, self.scalar_min)
             torch._foreach_clamp_max_(scalars, self.scalar_max)
+
+    @staticmethod
+    def _kept(params: list[torch.Tensor], group: dict) -> torch.Tensor:
+        """What is left of each parameter after the decay: 1 where there is none."""
+        # The norm of a scalar exceeds no limit; on a GPU nothing waits for the comparison.
+        norms = torch.stack(torch._foreach_norm(params))
+        limits = torch.tensor(
+            [
+                group["target_rms"] * math.sqrt(p.numel()) if p.numel() > 1 else math.inf
+                for p in params
+            ],
+            dtype=norms.dtype,
+        ).to(norms.device, non_blocking=True)
+        return 1.0 - group["weight_decay"] * (norms > limits).to(norms.dtype)
 
 
 class ScaledAdam(_OfAdamsKind):

@@ -43,6 +43,25 @@ def test_eve_large_small_and_scalar_tensors():
     assert params[2].item() == 2.0
 
 
+def test_compiled_eve_equals_torch():
+    # More than one block, a scalar, a gradient in another order of memory, one that comes late.
+    shapes = [(300, 400), (5,), (), (20, 30)]
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+        params = [torch.nn.Parameter(p) for p in params]
+        optimizer = Eve(params, lr=0.01)
+        for step in range(4):
+            for p in params[: 3 if step == 0 else 4]:
+                grad = torch.randn(p.shape[::-1], generator=generator).to(dtype)
+                p.grad = grad.t() if p.dim() == 2 else grad
+            optimizer.step()
+        found.append([p.detach().double() for p in params])
+    for compiled, by_torch in zip(*found):
+        assert torch.allclose(compiled, by_torch, rtol=1e-5, atol=1e-6)
+
+
 def test_eve_resumes_bit_for_bit():
     torch.manual_seed(0)
     grads = [torch.randn(4, 4) for _ in range(6)]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mvqkd.students import scaling_cpu
-from mvqkd.students.scaling_cpu import (
+from mvqkd import cpu_kernels
+from mvqkd.cpu_kernels import (
     DropKey,
     channel_statistics,
     depthwise_weight_gradient,
@@ -47,7 +47,7 @@ def test_threads_do_not_change_the_result(threads, monkeypatch):
     threads(3)
     assert all(map(torch.equal, results(), alone))
     # Where torch's threads are not to be had.
-    monkeypatch.setattr(scaling_cpu, "_PARALLEL", None)
+    monkeypatch.setattr(cpu_kernels, "_PARALLEL", None)
     assert all(map(torch.equal, results(), alone))
 
 

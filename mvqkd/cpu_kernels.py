@@ -11,7 +11,9 @@ key, so that backward finds it again.
 
 The machine code is kept, see ``mvqkd.compiled``.
 
-Shapes: B utterances, T frames, C channels, K kernel width; N rows of C channels.
+All kernels are in this file, as Numba looks at no other to see whether what it has kept is old.
+
+Shapes: B utterances, T frames, C channels, K kernel width; N rows of C channels; P parameters.
 """
 
 from __future__ import annotations
@@ -117,6 +119,11 @@ def _floats(address, first, size):
     """``size`` of the float32s at ``address``, from the ``first``; counted from 0 on in a loop, so
     that no index could be negative, it becomes vector instructions."""
     return numba.carray(_pointer(address + 4 * first), (size,), np.float32)
+
+
+@_inlined
+def _ints(address, first, size):
+    return numba.carray(_pointer(address + 8 * first), (size,), np.int64)
 
 
 @_inlined
@@ -358,3 +365,53 @@ def depthwise_weight_gradient(x: Tensor, grad: Tensor, K: int) -> Tensor:
     blocks = _num_blocks(C, _CHANNELS)
     _run(_depthwise_weight, B * blocks, x, grad, sums, T, C, K, blocks)
     return sums.sum(dim=0)
+
+
+# Weights of a block.
+_WEIGHTS = 65536
+
+
+# task: ..., addresses (P, 4) of weight, gradient and moments; blocks (., 3): parameter, first
+# element, size; kept (P); float32s: beta1, beta2, factor of the root, eps, rate
+@_kernel
+def _eve(task):
+    numbers = _floats(task[5], 0, 5)
+    beta1, beta2, factor, eps, rate = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+    block = _take_block(task)
+    while block < task[1]:
+        of_block = _ints(task[3], 3 * block, 3)
+        parameter, first, size = of_block[0], of_block[1], of_block[2]
+        at = _ints(task[2], 4 * parameter, 4)
+        p, g = _floats(at[0], first, size), _floats(at[1], first, size)
+        m, v = _floats(at[2], first, size), _floats(at[3], first, size)
+        kept = _floats(task[4], parameter, 1)[0]
+        for i in range(size):
+            m[i] = beta1 * m[i] + (_1 - beta1) * g[i]
+            v[i] = beta2 * v[i] + (_1 - beta2) * (g[i] * g[i])
+            p[i] = kept * p[i] - rate * m[i] / (factor * np.sqrt(v[i]) + eps)
+        block = _take_block(task)
+
+
+def eve(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    moments: list[Tensor],
+    square_moments: list[Tensor],
+    kept_P: Tensor,
+    betas: tuple[float, float],
+    root_factor: float,
+    eps: float,
+    rate: float,
+) -> None:
+    """Adam's moments brought up to date in place, and ``weight = kept * weight - rate * moment /
+    (root_factor * sqrt(square_moment) + eps)``; weights and moments contiguous, all float32."""
+    grads = [_contiguous(grad) for grad in grads]
+    tensors = zip(weights, grads, moments, square_moments)
+    addresses_P4 = torch.tensor([[x.data_ptr() for x in of_one] for of_one in tensors])
+    blocks = [
+        (parameter, first, min(_WEIGHTS, weight.numel() - first))
+        for parameter, weight in enumerate(weights)
+        for first in range(0, weight.numel(), _WEIGHTS)
+    ]
+    numbers = torch.tensor([*betas, root_factor, eps, rate])
+    _run(_eve, len(blocks), addresses_P4, torch.tensor(blocks), kept_P, numbers)
