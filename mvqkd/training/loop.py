@@ -39,7 +39,7 @@ from mvqkd.files import written_aside
 from mvqkd.processes import connected, gathered, is_main, num_processes, rank
 from mvqkd.training.checkpoint import load_checkpoint, save_checkpoint
 from mvqkd.training.log import Log
-from mvqkd.training.memory import named_if_too_large, scan
+from mvqkd.training.memory import keep_freed_memory, named_if_too_large, scan
 from mvqkd.training.optim import Eden, Eve, ScaledAdam
 from mvqkd.training.progress import KEEP_EPOCHS, Progress
 
@@ -261,6 +261,8 @@ def train(task: Task, settings: TrainingSettings, folder: Path, device: torch.de
 
 def _train(task: Task, settings: TrainingSettings, folder: Path, device: torch.device) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    if device.type == "cpu":
+        keep_freed_memory()
     model = task.model.to(device)
     optimizer = _optimizer(model, settings)
     total_seconds = task.epoch_seconds * settings.num_epochs

