@@ -251,12 +251,13 @@ def _drop(task):
 
 
 def drop(x: Tensor, key: DropKey, residual: Tensor | None = None) -> Tensor:
-    """``x`` dropped out, plus ``residual``; of the type of ``x``."""
+    """``x`` dropped out, plus ``residual``; of the type of a sum of the two."""
     values, size = _contiguous(x), x.numel()
-    y = torch.empty_like(values)
-    added = 0 if residual is None else _contiguous(residual)
+    y, dtype, added = torch.empty_like(values), x.dtype, 0
+    if residual is not None:
+        dtype, added = torch.promote_types(dtype, residual.dtype), _contiguous(residual)
     _run(_drop, _num_blocks(size), values, added, y, size, *key.arguments())
-    return y.to(x.dtype)
+    return y.to(dtype)
 
 
 # task: ..., x (N, C), positive (N, C) uint8, sums (blocks, 2, C), N, C, rows of a block

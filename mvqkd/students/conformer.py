@@ -234,7 +234,8 @@ class _AttentionFunction(torch.autograd.Function):
             scores_NcS += _shift_to_keys(by_distance.flatten(0, 1), S)
             weights = mask.softmax_(scores, rows)
             torch.bmm(weights.flatten(0, 1), v_NSD, out=out_NTD[:, rows])
-            kept.append(weights)
+            if any(ctx.needs_input_grad):
+                kept.append(weights)
         ctx.save_for_backward(q, k_NSD, v_NSD, p_HPD, u_HD, w_HD, *kept)
         return out_NTD.view(H, B, T, D).permute(1, 2, 0, 3).reshape(B, T, C)
 

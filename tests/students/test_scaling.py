@@ -155,14 +155,15 @@ def test_dropout_share_scale_and_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_onto_a_residual(dtype):
-    x, residual = torch.ones(2, 50, 100, dtype=dtype), torch.full((50, 100), 2.0, dtype=dtype)
-    x, residual = x.transpose(1, 2).requires_grad_(), residual.t().expand(2, 100, 50)
-    residual = residual.clone().requires_grad_()
+    # In another order of memory, and with autocast of another type.
+    x = torch.ones(2, 50, 100, dtype=dtype).transpose(1, 2).requires_grad_()
+    residual = torch.full((2, 100, 50), 2.0, requires_grad=True)
     layer = Dropout(0.5)
     y = layer(x, residual)
-    assert y.dtype == dtype and set(y.unique().tolist()) == {2.0, 4.0}
+    assert y.dtype == torch.float32 and set(y.unique().tolist()) == {2.0, 4.0}
     y.sum().backward()
-    assert torch.equal(x.grad, y.detach() - 2) and bool((residual.grad == 1).all())
+    assert x.grad.dtype == dtype and torch.equal(x.grad.float(), y.detach() - 2)
+    assert torch.equal(residual.grad, torch.ones_like(residual))
     assert torch.equal(layer.eval()(x, residual), x + residual)
 
 
