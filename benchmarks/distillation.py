@@ -23,7 +23,7 @@ import torch
 from transformers import HubertConfig, HubertForCTC
 
 from benchmarks.processes import alternating, peak_bytes, resident_bytes
-from mvqkd import cli
+from mvqkd import cli, cpu_kernels  # noqa: F401  held before a model is made, not its memory
 from mvqkd.data.datamodule import SpecAugmentSettings, StudentBatch
 from mvqkd.data.labels import FIELD, CodebookIndexes, LabelKind, Origin
 from mvqkd.device import pick_device

@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.distillation import NUM_CODEBOOKS, SIZES, Size, make_task
 from benchmarks.processes import alternating, peak_bytes, resident_bytes
-from mvqkd import cli
+from mvqkd import cli, cpu_kernels  # noqa: F401  held before a model is made, not its memory
 from mvqkd.data.datamodule import Augment, SpecAugmentSettings
 from mvqkd.device import describe_device, pick_device
 from mvqkd.errors import RecipeError
