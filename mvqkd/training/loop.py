@@ -216,6 +216,14 @@ def _exchanging_gradients(module: nn.Module) -> DistributedDataParallel:
         return DistributedDataParallel(module, broadcast_buffers=False)
 
 
+def _fill_gradients(model: nn.Module) -> None:
+    """Give a gradient of 0 to parameters that a step left out, as `_ReachAll` does with several
+    processes and ``0.0 * loss`` in the published recipe: the optimizer counts the step for them."""
+    for p in model.parameters():
+        if p.requires_grad and p.grad is None:
+            p.grad = torch.zeros_like(p)
+
+
 @torch.no_grad()
 def _update_average(average: dict, model: nn.Module, step: int, period: int) -> None:
     """The mean of the weights at steps period, 2 * period, ..."""
@@ -366,6 +374,7 @@ def _train(task: Task, settings: TrainingSettings, folder: Path, device: torch.d
                 # A left-out step is one all the same to the average, the log and the checkpoints.
                 _count_bad_batches(problems, progress, settings)
             else:
+                _fill_gradients(model)
                 if settings.grad_clip > 0:
                     nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
                 optimizer.step()
