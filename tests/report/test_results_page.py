@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from mvqkd.experiments.grid import GridSettings, RunOptions
 from mvqkd.report.grids import conf_hash
 from mvqkd.report.results_page import results_page
 from mvqkd.report.table import PaperResult
-from tests.recipe_copy import ROOT
+from tests.recipe_copy import ROOT, copy_checkout
 
 ORIGIN = {"command": "./run.sh --toy", "conf_hash": "0123456789ab", "device": "cpu", "seed": 1}
 ROW = {
@@ -317,3 +318,21 @@ def test_script_keeps_what_it_takes(tmp_path, grid, monkeypatch):
     with pytest.raises(RecipeError, match="--corpus other: not known; give one of: toy"):
         script.recipe_of("other")
     sys.modules.pop("results_page")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    return copy_checkout(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.mark.parametrize(
+    "corpus", sorted(path.parent.name for path in ROOT.glob("egs/*/recipe.sh"))
+)
+def test_page_is_what_results_confs_and_notes_give(checkout, corpus, monkeypatch):
+    monkeypatch.chdir(checkout)
+    monkeypatch.syspath_prepend(str(ROOT / "local"))
+    script = __import__("results_page")
+    page = Path("egs") / corpus / "RESULTS.md"
+    before = page.read_text()
+    script.main(cli.parse(script.Settings, ["--corpus", corpus])[0])
+    assert page.read_text() == before, f"{page}: python3 local/results_page.py --corpus {corpus}"
