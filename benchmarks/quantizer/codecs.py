@@ -289,30 +289,36 @@ def _table(results: list[Result]) -> str:
 
 def plot(results: list[Result], path: Path) -> None:
     """RRL against bytes, training time and encoding rate; a row for each kind of frames."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     kinds = list(dict.fromkeys(r.frames for r in results))
     names = list(dict.fromkeys(r.codec for r in results))
     panels = (
-        ("bytes per frame", "num_bytes", 2),
-        ("training time (s)", "train_seconds", 10),
-        ("encoding rate (frames/s)", "frames_per_second", 10),
+        ("bytes per frame", "num_bytes"),
+        ("training time (s)", "train_seconds"),
+        ("encoding rate (frames/s)", "frames_per_second"),
     )
     figure = Figure(figsize=(15, 4.2 * len(kinds)), dpi=100, layout="constrained")
     all_axes = figure.subplots(len(kinds), len(panels), squeeze=False)
     for row, kind in zip(all_axes, kinds):
-        for axes, (label, key, base) in zip(row, panels):
+        for axes, (label, key) in zip(row, panels):
             for k, name in enumerate(names):
                 points = [r for r in results if r.frames == kind and r.codec == name]
                 xs, ys = [getattr(r, key) for r in points], [r.rrl for r in points]
-                marker = "s" if name.startswith("ours") else "o"
-                axes.plot(xs, ys, marker=marker, markersize=4, color=f"C{k}", label=name)
-            axes.set_xscale("log", base=base)
+                style = "s-" if name.startswith("ours") else "o--"
+                axes.plot(xs, ys, style, markersize=4, color=colormaps["tab20"](k), label=name)
+            axes.set_xscale("log")
             axes.set_yscale("log")
+            if key == "num_bytes":
+                ticks = sorted({r.num_bytes for r in results})
+                axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+                axes.set_xticks([], minor=True)
             axes.set(title=kind, xlabel=label, ylabel="RRL on unseen frames")
             axes.grid(alpha=0.3, which="both")
-    all_axes[0][0].legend(fontsize="small")
+    lines, labels = all_axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4)
     with written_aside(path) as aside:
         FigureCanvasAgg(figure).print_png(aside)
 
