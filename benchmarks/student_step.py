@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import statistics
 import sys
 import time
@@ -57,6 +58,15 @@ except ImportError:
 KINDS = ("none", "mvq", "mvq-l2")
 PEER_KINDS = ("none", "mvq")
 CODEBOOK_LOSS_SCALE = 0.1
+
+
+def _product_flops(sum_shape, a_shape, b_shape, **_) -> int:
+    return 2 * math.prod(a_shape) * b_shape[-1]
+
+
+# Products that FlopCounterMode does not know of.
+IN_PLACE = dict.fromkeys((torch.ops.aten.addmm_, torch.ops.aten.baddbmm_), _product_flops)
+
 # Rows of the square matrices whose product gives the rate.
 GEMM_ROWS = {"cpu": 2048, "cuda": 8192}
 PEER_FILES = ("conformer", "decoder", "encoder_interface", "joiner", "model", "optim", "scaling")
@@ -268,7 +278,7 @@ def measure(
     for step in range(steps + 1):
         started = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        counter = FlopCounterMode(display=False)
+        counter = FlopCounterMode(display=False, custom_mapping=IN_PLACE)
         with counter if step == 0 else contextlib.nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 loss = loss_of()
