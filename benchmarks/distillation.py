@@ -34,6 +34,7 @@ from mvqkd.students.conformer import ConformerSettings
 from mvqkd.students.task import StudentTask
 from mvqkd.students.transducer import TransducerSettings, build_transducer
 from mvqkd.teachers.hubert import HubertTeacher
+from mvqkd.training.memory import keep_freed_memory
 from mvqkd.training.optim import Eve
 
 
@@ -164,6 +165,8 @@ def make_teacher(size: Size) -> HubertTeacher:
 
 
 def make_task(row: str, size: Size, device: torch.device) -> tuple[StudentTask, StudentBatch]:
+    if device.type == "cpu":
+        keep_freed_memory()  # as the training loop does
     torch.manual_seed(0)
     kinds, in_loop = ROWS[row]
     encoder = ConformerSettings(**size.encoder, middle_output_layers=[size.layer] if kinds else [])

@@ -46,7 +46,6 @@ from mvqkd.device import describe_device, pick_device
 from mvqkd.errors import RecipeError
 from mvqkd.losses import rnnt
 from mvqkd.students.task import SIMPLE_LOSS_SCALE
-from mvqkd.training.memory import keep_freed_memory
 from mvqkd.training.optim import Eve
 
 try:
@@ -181,8 +180,6 @@ def import_peer(folder: Path) -> SimpleNamespace:
 
 def our_step(kind: str, size: Size, device: torch.device) -> tuple[torch.nn.Module, Callable, type]:
     """The model, its loss as a function, and its optimizer."""
-    if device.type == "cpu":
-        keep_freed_memory()  # as the training loop does
     task, batch = make_task(kind, size, device)
     # Past the warm-up, when all losses count.
     return task.model, lambda: task.loss(batch, 1, 3.0)[0], Eve
