@@ -63,8 +63,17 @@ def _product_flops(sum_shape, a_shape, b_shape, **_) -> int:
     return 2 * math.prod(a_shape) * b_shape[-1]
 
 
-# Products that FlopCounterMode does not know of.
-IN_PLACE = dict.fromkeys((torch.ops.aten.addmm_, torch.ops.aten.baddbmm_), _product_flops)
+def _convolution_backward_flops(grad_shape, x_shape, weight_shape, *rest, **_) -> int:
+    num_gradients = sum(rest[-1][:2])  # of input and weight
+    return 2 * math.prod(grad_shape) * math.prod(weight_shape[1:]) * num_gradients
+
+
+# Where FlopCounterMode knows of no formula, or of one that is only right for one group.
+FORMULAS = {
+    torch.ops.aten.addmm_: _product_flops,
+    torch.ops.aten.baddbmm_: _product_flops,
+    torch.ops.aten.convolution_backward: _convolution_backward_flops,
+}
 
 # Rows of the square matrices whose product gives the rate.
 GEMM_ROWS = {"cpu": 2048, "cuda": 8192}
@@ -275,7 +284,7 @@ def measure(
     for step in range(steps + 1):
         started = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        counter = FlopCounterMode(display=False, custom_mapping=IN_PLACE)
+        counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
         with counter if step == 0 else contextlib.nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 loss = loss_of()

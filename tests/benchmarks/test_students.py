@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import decoding, distillation, student_step, transducer_loss
 from mvqkd.errors import RecipeError
@@ -66,6 +67,7 @@ def test_distillation(capsys):
 PEER = {
     "conformer": """
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 class Conformer(torch.nn.Linear):
     def __init__(self, num_features, d_model, subsampling_factor, layer_dropout,
                  middle_output_layer=None, **sizes):
@@ -74,6 +76,7 @@ class Conformer(torch.nn.Linear):
 """,
     "decoder": """
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 class Decoder(torch.nn.Embedding):
     def __init__(self, vocab_size, decoder_dim, blank_id, context_size):
         super().__init__(vocab_size, decoder_dim)
@@ -81,6 +84,7 @@ class Decoder(torch.nn.Embedding):
     "encoder_interface": "",
     "joiner": """
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 class Joiner(torch.nn.Linear):
     def __init__(self, encoder_dim, decoder_dim, joiner_dim, vocab_size):
         super().__init__(joiner_dim, vocab_size)
@@ -90,6 +94,7 @@ class Joiner(torch.nn.Linear):
     "model": """
 import k2
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from icefall.utils import add_sos, make_pad_mask
 from multi_quantization.prediction import JointCodebookLoss
 class Transducer(torch.nn.Module):
@@ -216,3 +221,17 @@ def test_transducer_loss_beside_k2(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         transducer_loss.main([])
     assert "k2 does not import; call tests/k2/run.sh" in capsys.readouterr().err
+
+
+def test_operations_are_those_of_groups_and_of_products_in_place():
+    conv, x = torch.nn.Conv1d(6, 6, 3, groups=6), torch.randn(2, 6, 10, requires_grad=True)
+    counter = FlopCounterMode(display=False, custom_mapping=student_step.FORMULAS)
+    with counter:
+        y = conv(x)
+        y.sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * y.numel() * 3
+    counter = FlopCounterMode(display=False, custom_mapping=student_step.FORMULAS)
+    with counter:
+        torch.zeros(2, 4).addmm_(torch.ones(2, 5), torch.ones(5, 4))
+        torch.zeros(3, 2, 4).baddbmm_(torch.ones(3, 2, 5), torch.ones(3, 5, 4))
+    assert counter.get_total_flops() == (1 + 3) * 2 * 2 * 5 * 4
