@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 if not hasattr(tl, "gather"):
-    raise ImportError(f"Triton {triton.__version__} has no gather; 3.2 has")
+    raise ImportError(f"Triton {triton.__version__} has no gather; 3.3 has")
 
 MAX_TOKENS = 2047
 # Iterations of a loop whose loads are under way at once, to hide the latency of memory.
