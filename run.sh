@@ -263,9 +263,9 @@ makes_labels() {
 
 manifest_kind=manifests
 if makes_labels 1; then
-    first_init=()
     if [[ -z $teacher ]]; then
-        # From random weights or pre-trained ones, unless the recipe has others to begin with.
+        # CTC at several speeds ends it, whatever it begins with: masked prediction, the recipe's own
+        # teacher, or CTC from random weights.
         if [[ $pretrain_teacher == true ]]; then
             # shellcheck disable=SC2046
             predict_units teacher-pretrained-first manifests mfcc \
@@ -274,15 +274,12 @@ if makes_labels 1; then
             predict_units teacher-pretrained "teacher-pretrained-first" \
                 "$exp/teacher-pretrained-first" \
                 $(conf teacher-model teacher-pretraining teacher-pretraining-second)
-            teacher_init=""
-            first_after="teacher-pretrained"
-            first_init=(--init "$exp/teacher-pretrained")
-        fi
-        if [[ -z $teacher_init ]]; then
+            teacher_init=$exp/teacher-pretrained
+            tuned_after="teacher-pretrained"
+        elif [[ -z $teacher_init ]]; then
             teacher_init=$exp/teacher-first
             # shellcheck disable=SC2046
-            train_ctc teacher-first "${first_after:-manifests}" \
-                $(conf teacher-model teacher-training) "${first_init[@]}"
+            train_ctc teacher-first manifests $(conf teacher-model teacher-training)
             tuned_after="teacher-first"
         fi
         # shellcheck disable=SC2046
