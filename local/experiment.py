@@ -39,6 +39,7 @@ from mvqkd.experiments.runner import (
 from mvqkd.files import locked
 from mvqkd.report.confs import digest_of
 from mvqkd.report.costs import CostSettings
+from mvqkd.report.grid_page import write_grid_page
 from mvqkd.report.grids import collect_grid
 from mvqkd.report.table import write_results_json
 
@@ -65,6 +66,7 @@ def write_results(
         command = " ".join(["python3", *sys.argv])
         document = collect_grid(settings, places, command, settings, out_of_date, confs)
         write_results_json(path, document)
+        write_grid_page(path.with_name("index.html"), settings, document)
 
 
 # Steps of costs.yaml that are of the corpus's own teacher.

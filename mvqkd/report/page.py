@@ -45,7 +45,7 @@ from mvqkd.report.table import (
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Colours of the palette in the style sheet, beside the grey of no distillation.
-_COLORS = 6
+_COLORS = 8
 # Rows of the table of what is confused most.
 _CONFUSIONS = 15
 # What a letter, and the space around a word, take of the timeline, which has 20rem for a second.
@@ -247,8 +247,16 @@ def _add_media(
     return None
 
 
-def _wer_panels(report: Report, looks: Mapping[str, charts.Look]) -> list[dict[str, Any]]:
-    """Bars of each test set; non-streaming students and streaming ones apart."""
+def wer_panels(
+    report: Report,
+    looks: Mapping[str, charts.Look],
+    of_seeds: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+) -> list[dict[str, Any]]:
+    """Bars of each test set; non-streaming students and streaming ones apart.
+
+    Args:
+      of_seeds: by name and test set, the error rates of which a row has the mean.
+    """
     panels = []
     for test_set in all_test_sets(report.rows):
         shown = [
@@ -258,6 +266,8 @@ def _wer_panels(report: Report, looks: Mapping[str, charts.Look]) -> list[dict[s
         reach = [r.test_sets[test_set].hi for _, r in shown]
         reach += [r.paper[test_set] for _, r in shown if test_set in r.paper]
         reach += [] if teacher is None else [teacher]
+        seeds = {name: (of_seeds or {}).get(name, {}).get(test_set, ()) for name, _ in shown}
+        reach += [wer for wers in seeds.values() for wer in wers]
         scale = charts.linear_from_zero(reach)
         groups = []
         for streaming in (False, True):
@@ -275,6 +285,7 @@ def _wer_panels(report: Report, looks: Mapping[str, charts.Look]) -> list[dict[s
                         "width": scale(result.wer),
                         "low": scale(result.lo),
                         "high": scale(result.hi),
+                        "seeds": [scale(wer) for wer in seeds[name]],
                         "paper": paper,
                         "paper_x": None if paper is None else scale(paper),
                     }
@@ -294,7 +305,7 @@ def _wer_panels(report: Report, looks: Mapping[str, charts.Look]) -> list[dict[s
     return panels
 
 
-def _storage_panels(report: Report, looks: Mapping[str, charts.Look]) -> list[charts.ScatterPanel]:
+def storage_panels(report: Report, looks: Mapping[str, charts.Look]) -> list[charts.ScatterPanel]:
     sizes = [row.label_bytes_per_hour for row in report.rows if row.label_bytes_per_hour]
     if not sizes:
         return []
@@ -456,6 +467,25 @@ def _without_name(cells: list[list[str]], names: Sequence[str]) -> list[list[str
     return [*cells[:1], *([name, *line[1:]] for name, line in zip(names, cells[1:]))]
 
 
+def rendered(template: str, **values: Any) -> str:
+    """The text of a page by a file of ``templates/`` that extends ``base.html``.
+
+    Args:
+      values: what it shows; ``title``, ``kicker`` and ``script`` (or None) among them.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"size": format_bytes, "duration": format_seconds}
+    # Our own file, not data.
+    style = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
+    return environment.get_template(template).render(style=style, **values)
+
+
 def render_page(report: Report, settings: PageSettings) -> str:
     """The page's text.
 
@@ -470,27 +500,19 @@ def render_page(report: Report, settings: PageSettings) -> str:
     shown = utterances[: settings.utterances]
     no_audio = _add_media(shown, report, settings)
     training, other_losses = _training_panels(report, looks)
-    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
     script = (TEMPLATES / "script.js").read_text(encoding="utf-8")
-    script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"size": format_bytes, "duration": format_seconds}
-    return environment.get_template("index.html").render(
-        report=report,
-        # Our own files, not data.
-        style=Markup(style),
+    return rendered(
+        "index.html",
+        title=report.title,
+        kicker="report",
+        # Our own file, not data.
         script=Markup(script),
-        script_hash=script_hash,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
+        report=report,
         headline=_headline(report),
         looks=looks,
         pair=pair,
-        wer_panels=_wer_panels(report, looks),
+        wer_panels=wer_panels(report, looks),
         table=_without_name(
             table_cells(report.rows, all_test_sets(report.rows), named=True), report.names
         ),
@@ -500,7 +522,7 @@ def render_page(report: Report, settings: PageSettings) -> str:
         ),
         streaming_note=STREAMING_NOTE,
         sources=list(dict.fromkeys(r.paper_source for r in report.rows if r.paper_source)),
-        storage=_storage_panels(report, looks),
+        storage=storage_panels(report, looks),
         training=training,
         other_losses=other_losses,
         codebooks=_codebooks(report.diagnostics),

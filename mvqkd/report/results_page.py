@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +61,29 @@ def _found(grid: GridSettings, cells: Sequence[Mapping[str, Any]]) -> dict[str, 
     return found
 
 
-def grid_section(grid: GridSettings, run: str, document: Mapping[str, Any] | None) -> str:
-    """One row a cell, also of those that have not been run, and where the numbers came from.
+@dataclass
+class GridTables:
+    """What a grid has found, as lines of cells under a header, and in words."""
 
-    Args:
-      run: the folder under exp/ that it has run in, or would.
-      document: results.json of the grid; None: it has none.
-    """
-    section = document["grid"] if document else {"cells": []}
-    asked = {name: section[name] for name in ("size", "split") if name in section}
-    grid = replace(grid, **asked)
+    # One line a cell, also of those that have not been run.
+    cells: list[list[str]]
+    # One cell against another; the header alone where none is.
+    against: list[list[str]]
+    # Confs and dates of the cells that have been run.
+    origins: list[list[str]]
+    # What the numbers are.
+    note: str
+    # By name, the entries of results.json of the cells that have been run.
+    found: dict[str, Mapping[str, Any]]
+    # The test sets.
+    parts: list[str]
+
+
+AGAINST_NOTE = "One cell against another, paired with the same seeds; negative: better than it."
+
+
+def grid_tables(grid: GridSettings, section: Mapping[str, Any]) -> GridTables:
+    """Of section ``grid`` of a results.json; ``{"cells": []}`` where it has none."""
     found = _found(grid, section["cells"])
     parts = list(dict.fromkeys(part for entry in found.values() for part in entry["test_sets"]))
     header = ["cell", "student", "distillation", "streaming", "labels", "seeds"]
@@ -84,7 +97,7 @@ def grid_section(grid: GridSettings, run: str, document: Mapping[str, Any] | Non
     if not parts:
         header += ["WER % [95%]"]
     header += ["labels / hour", "s / step", "training"]
-    origin_lines = [["cell", "conf of each seed", "dates"]]
+    origins = [["cell", "conf of each seed", "dates"]]
     lines = [header]
     for name, cell in grid.cells.items():
         entry = found.get(name)
@@ -108,15 +121,10 @@ def grid_section(grid: GridSettings, run: str, document: Mapping[str, Any] | Non
         line += [format_bytes(entry["label_bytes_per_hour"])]
         line += [f"{entry['seconds_per_step']:.3f}", format_seconds(entry["training_seconds"])]
         lines.append(line)
-        origin_lines.append([name, ", ".join(entry["conf_hashes"]), ", ".join(entry["dates"])])
-    text = f"## Grid {grid.name}, {run}\n\n{grid.question}\n\n{_markdown(lines)}"
-    if not found:
-        path = f"egs/{grid.corpus}/conf/grids/{grid.name}.yaml"
-        return f"{text}\n`python3 local/experiment.py --config {path}`\n"
-    origin = section["origin"]
+        origins.append([name, ", ".join(entry["conf_hashes"]), ", ".join(entry["dates"])])
     seeds = ", ".join(map(str, grid.seeds))
-    text += (
-        f"\nMeans over the seeds ({seeds}), and of a seed the lowest and highest; intervals are "
+    note = (
+        f"Means over the seeds ({seeds}), and of a seed the lowest and highest; intervals are "
         "95% bootstrap over utterances and seeds, differences paired with the undistilled student "
         "of the same seeds. "
         # Drawn with replacement, n of them vary (n - 1) / n as much: `interval_over_seeds`.
@@ -124,16 +132,37 @@ def grid_section(grid: GridSettings, run: str, document: Mapping[str, Any] | Non
         "seeds do, two half as much, one not at all. "
     )
     if "dev_parts" in section:
-        text += "A step's time is without decoding of the dev sets, that of training with it"
-        text += ", by whose error rates a cell is to be chosen.\n" if on_dev else ".\n"
+        note += "A step's time is without decoding of the dev sets, that of training with it"
+        note += ", by whose error rates a cell is to be chosen." if on_dev else "."
     else:  # of a version that did not tell them apart
-        text += "A step's time, as that of training, is with decoding of the dev sets.\n"
-    text += _against(grid, found, parts)
+        note += "A step's time, as that of training, is with decoding of the dev sets."
+    return GridTables(lines, _against(grid, found, parts), origins, note, found, parts)
+
+
+def grid_section(grid: GridSettings, run: str, document: Mapping[str, Any] | None) -> str:
+    """One row a cell, also of those that have not been run, and where the numbers came from.
+
+    Args:
+      run: the folder under exp/ that it has run in, or would.
+      document: results.json of the grid; None: it has none.
+    """
+    section = document["grid"] if document else {"cells": []}
+    asked = {name: section[name] for name in ("size", "split") if name in section}
+    grid = replace(grid, **asked)
+    tables = grid_tables(grid, section)
+    text = f"## Grid {grid.name}, {run}\n\n{grid.question}\n\n{_markdown(tables.cells)}"
+    if not tables.found:
+        path = f"egs/{grid.corpus}/conf/grids/{grid.name}.yaml"
+        return f"{text}\n`python3 local/experiment.py --config {path}`\n"
+    origin = section["origin"]
+    text += f"\n{tables.note}\n"
+    if len(tables.against) > 1:
+        text += f"\n{AGAINST_NOTE}\n\n{_markdown(tables.against)}"
     text += f"\n`{origin['command']}`; conf of the grid {origin['conf_hash']}; "
     text += f"{origin['device']}.\n"
     if origin["conf_hash"] != conf_hash(grid):
         text += f"The conf of the grid has changed since, and is now {conf_hash(grid)}.\n"
-    changed = _cells_changed_since(grid, section, found)
+    changed = _cells_changed_since(grid, section, tables.found)
     if changed:
         text += f"Confs have changed since, those of: {', '.join(changed)}.\n"
     for entry in section["cells"]:
@@ -143,7 +172,7 @@ def grid_section(grid: GridSettings, run: str, document: Mapping[str, Any] | Non
                 f"Left out of {entry['cell']}, since its confs have changed after it was trained: "
                 f"seed {seeds}.\n"
             )
-    return f"{text}\n{_markdown(origin_lines)}"
+    return f"{text}\n{_markdown(tables.origins)}"
 
 
 def _cells_changed_since(
@@ -165,8 +194,10 @@ def _cells_changed_since(
     return changed
 
 
-def _against(grid: GridSettings, found: Mapping[str, Mapping[str, Any]], parts: list[str]) -> str:
-    """The table of cells that are compared with others than the undistilled one."""
+def _against(
+    grid: GridSettings, found: Mapping[str, Mapping[str, Any]], parts: list[str]
+) -> list[list[str]]:
+    """Of the cells that are compared with others than the undistilled one."""
     header = ["cell", "against", "labels / hour", "against's", "seeds"]
     for part in parts:
         header += [f"{part} difference [95%]", f"{part} p"]
@@ -190,12 +221,7 @@ def _against(grid: GridSettings, found: Mapping[str, Mapping[str, Any]], parts: 
             else:
                 line += [NOT_MEASURED, *["-"] * (len(header) - len(line) - 1)]
             lines.append(line)
-    if len(lines) == 1:
-        return ""
-    return (
-        "\nOne cell against another, paired with the same seeds; negative: better than it.\n\n"
-        + _markdown(lines)
-    )
+    return lines
 
 
 def run_section(

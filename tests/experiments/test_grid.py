@@ -504,6 +504,7 @@ def test_script_fills_results_and_resumes(recipe):
     )
     results = json.loads((recipe / "exp/toy/grids/one/results.json").read_text())
     assert results["grid"]["cells"][0]["seeds_done"] == [1]
+    assert "1 of 2 students are done" in (recipe / "exp/toy/grids/one/index.html").read_text()
 
 
 def test_two_processes_share_the_students(recipe):
