@@ -1,6 +1,7 @@
 """The recipes of LibriSpeech: all stages on a small tree of its shape, plan, sizes, settings."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tests.recipe_copy import ROOT, begun_steps, copy_checkout, files_under, run
 PARTS = {
     "train-clean-100": PartSettings("train", ["f1", "m1"], 2, 0.4),
     "train-clean-360": PartSettings("train", ["m6"], 1, 0.08),
+    "train-other-500": PartSettings("train", ["klatt"], 1, 0.08, adverse=True),
     "dev-clean": PartSettings("dev", ["f4"], 1, 0.08),
     "dev-other": PartSettings("dev", ["klatt5"], 1, 0.08, adverse=True),
     "test-clean": PartSettings("test", ["f2"], 1, 0.08),
@@ -138,6 +140,23 @@ def test_all_stages_on_a_small_tree(call, monkeypatch):
     again = run_sh(folder / "recipe", *options, cwd=folder)
     assert again.returncode == 0 and begun_steps(again) == [], again.stderr
     assert files_under(data, exp) == before
+
+
+def test_960_hours_are_all_training_parts(call, monkeypatch):
+    folder, options = call
+    options = ["--corpus", "librispeech-960", *options[2:], "--students", "mvq"]
+    done = run_sh(folder / "recipe", *options, cwd=folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    monkeypatch.chdir(folder / "recipe")  # manifests name files from there
+    labelled = CutSet.from_file("data/librispeech-960/labels/mvq/train.jsonl.gz").to_eager()
+    parts = [part for part in PARTS if part.startswith("train")]
+    said = [utterances(folder / "copy/LibriSpeech" / part) for part in parts]
+    recordings = {cut.recording_id.split("_sp")[0] for cut in labelled}
+    assert recordings == {name for of_part in said for name in of_part}
+    assert len(labelled) == 3 * len(recordings)
+    results = json.loads(Path("exp/librispeech-960/results.json").read_text())
+    assert [row["distillation"] for row in results["students"][::2]] == ["mvq"]
+    assert Path("exp/librispeech-960/report/index.html").exists()
 
 
 def test_a_part_is_fetched_and_learned_from_without_its_transcripts(call, monkeypatch):
