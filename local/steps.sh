@@ -137,9 +137,18 @@ _state_of() (
 
 _put_aside() {
     local path
+    rm -rf "${@/%/.before}"
     for path; do
-        [[ ! -e $path ]] || { rm -rf "$path.before" && mv "$path" "$path.before"; }
+        [[ ! -e $path ]] || mv "$path" "$path.before"
     done
+}
+
+# _remove_begun OUTPUT...: what a run that was not finished has left.
+_remove_begun() {
+    # Of no settings from here on: nobody goes on with what is half removed.
+    : >"$stamps/$name.begun"
+    rm -rf "$@"
+    rm "$stamps/$name.begun"
 }
 
 # _put_back OUTPUT...: what was put aside, with its stamp, unless there is something new.
@@ -153,8 +162,13 @@ _put_back() {
 
 # _restore OUTPUT...: the same, in place of what is new.
 _restore() {
-    local path
-    for path in "$@" "$stamps/$name" "$stamps/$name.begun"; do
+    local path old
+    old=$(cat "$stamps/$name.before" 2>/dev/null) || true
+    if [[ -e $stamps/$name.begun && "$(cat "$stamps/$name.begun")" != "$old" ]]; then
+        _remove_begun "$@"
+    fi
+    # The stamp last: with it they are taken as whole.
+    for path in "$@" "$stamps/$name.begun" "$stamps/$name"; do
         [[ ! -e $path.before ]] || { rm -rf "$path" && mv -T "$path.before" "$path"; }
     done
 }
@@ -245,8 +259,14 @@ step() {
         return 0
     fi
     if [[ "$(cat "$stamps/$name.begun" 2>/dev/null)" != "$hash" ]]; then
-        # shellcheck disable=SC2086
-        _put_aside "$stamps/$name" "$stamps/$name.begun" ${outputs//\?/}
+        if [[ ! -e $stamps/$name && -e $stamps/$name.before ]]; then
+            # Left by a killed run; what is whole is aside already, and stays there.
+            # shellcheck disable=SC2086
+            _remove_begun ${outputs//\?/}
+        else
+            # shellcheck disable=SC2086
+            _put_aside "$stamps/$name" "$stamps/$name.begun" ${outputs//\?/}
+        fi
         echo "$hash" >"$stamps/$name.begun"
     fi
     rm -f "$stamps/$name"
@@ -267,7 +287,8 @@ step() {
     done
     echo "$hash" >"$stamps/.$name.aside"
     mv "$stamps/.$name.aside" "$stamps/$name"
-    for output in ${outputs//\?/} "$stamps/$name" "$stamps/$name.begun"; do
+    # The stamp first: without it nobody puts back what is half removed.
+    for output in "$stamps/$name" "$stamps/$name.begun" ${outputs//\?/}; do
         rm -rf "$output.before"
     done
     echo "$((SECONDS - started))" >"$stamps/$name.seconds"
