@@ -35,14 +35,16 @@ fi
 data=data/$name
 exp=exp/$name
 stamps=$exp/stamps
-# A relative path is meant from where the user called.
+# A relative path is meant from where the user called. One folder has one name, which stamps hold;
+# a file keeps its own, whose ending says what it is.
 declare -A typed=()
 for option in dl_dir noise_dir teacher_dir codebook_dir; do
-    typed[$option]=${!option:-}
-    case ${typed[$option]} in
-        '' | /* | none) ;;
-        *) printf -v "$option" %s "$caller/${typed[$option]}" ;;
-    esac
+    path=${!option:-}
+    typed[$option]=$path
+    [[ -n $path && $path != none ]] || continue
+    [[ $path == /* ]] || path=$caller/$path
+    [[ -f $path ]] || path=$(realpath -m -- "$path")
+    printf -v "$option" %s "$path"
 done
 if [[ $caller != "$PWD" ]]; then
     [[ -z ${students_file:-} || $students_file == /* ]] || students_file=$caller/$students_file

@@ -4,9 +4,9 @@
 #     step NAME "AFTER" "OUTPUTS" COMMAND...
 #
 # runs COMMAND unless the stamp $stamps/NAME says that it has been run. A stamp is a hash of
-# the command line, of the files named after --config (comments left out), of the lists of
-# files in folders named after --dl_dir, of the files of a teacher that is not made here, and
-# of the stamps named in AFTER. Options that do not change what is made (--device,
+# the command line, of the files named after --config (comments left out), of the names, sizes
+# and times of the files in folders named after --dl_dir, of the files of a teacher that is not
+# made here, and of the stamps named in AFTER. Options that do not change what is made (--device,
 # --num_workers) are no part of it. When the hash has changed, OUTPUTS (paths, relative to the
 # recipe) are put aside (.before) until the new ones are whole, and put back if COMMAND fails
 # before it has made any of them, as for a mistyped conf, or if it was killed and the old hash is
@@ -88,7 +88,7 @@ _step_hash() {
                     ;;
                 --dl_dir)
                     echo "$word"
-                    [[ ! -d $word ]] || (cd "$word" && find . -type f -printf '%P %s\n' | sort)
+                    [[ ! -d $word ]] || (cd "$word" && find . -type f -printf '%P %s %T@\n' | sort)
                     ;;
                 --teacher | --init)
                     echo "$word"

@@ -191,3 +191,11 @@ def test_dry_run_of_students_side_by_side(here):
         assert any("GPU-hours" in line for line in lines) == (device == "cuda")
     assert totals["cpu"].endswith("; 2 students at once")
     assert totals["cuda"].endswith(", GPU-hours not measured")
+
+
+def test_one_folder_has_one_name(here, tmp_path):
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "link").symlink_to("copy")
+    for spelled in ("copy", "copy/", "./x/..//copy", "link"):
+        plan = commands("--corpus", "digits", "--dl-dir", f"{tmp_path}/{spelled}")
+        assert values_after(plan["corpus"], "--dl_dir") == [f"{tmp_path}/copy"]

@@ -221,6 +221,8 @@ def test_files_of_a_folder_count(shell, tmp_path):
     assert shell(step)[1] == []
     (tmp_path / "in/b").write_text("1")
     assert shell(step)[1] == ["one"]
+    os.utime(tmp_path / "in/b", (1, 1))  # another file of the same size
+    assert shell(step)[1] == ["one"]
     (tmp_path / "shipped/weights").write_text("2")
     assert shell(step)[1] == ["one"]
     assert shell(step)[1] == []
