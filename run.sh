@@ -109,15 +109,13 @@ if [[ $labels != mvq && $use_extracted_codebook == false && ! -d conf/labels/$la
 fi
 declare -A student_confs=()
 student_names=()
-while read -r student confs; do
+# The last line may have no end; lines may end as on Windows.
+while read -r student confs || [[ -n $student ]]; do
     [[ -n $student && $student != '#'* ]] || continue
     student_confs[$student]=$confs
     student_names+=("$student")
-done <"$students_file"
-if ((stage > stop_stage || stage > 9)); then
-    echo "$0: --stage $stage --stop-stage $stop_stage: no stage is of both; there are 0 to 9" >&2
-    exit 1
-fi
+done < <(tr -d '\r' <"$students_file")
+check_stages 9
 if ((num_jobs < 1 || num_workers < 1 || num_gpus < 1)); then
     echo "$0: --num-jobs $num_jobs, --num-workers $num_workers, --num-gpus $num_gpus:" \
         "give at least 1 of each" >&2
@@ -139,6 +137,19 @@ if [[ $use_extracted_codebook == true && -z $students ]]; then
     log "published indexes have no quantizer: students ${students% } of $known_students"
 fi
 [[ -z $students ]] || read -ra student_names <<<"$students"
+if [[ -z $known_students ]]; then
+    echo "$0: $students_file: names no student; write lines like those of conf/students.txt" >&2
+    exit 1
+fi
+if [[ ${#student_names[@]} == 0 ]]; then
+    echo "$0: --students '$students': names no student; $students_file has: $known_students" >&2
+    exit 1
+fi
+twice=$(printf '%s\n' "${student_names[@]}" | sort | uniq -d | paste -sd ' ')
+if [[ -n $twice ]]; then
+    echo "$0: ${students:+--students $students of }$students_file: more than once: $twice; name each once" >&2
+    exit 1
+fi
 for student in "${student_names[@]}"; do
     if [[ -z ${student_confs[$student]+set} ]]; then
         echo "$0: --students $student: not in $students_file; it has: $known_students" >&2

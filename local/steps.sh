@@ -64,6 +64,14 @@ check_confs() {
         fi
     done
 }
+# check_stages LAST: that the options ask for one of stages 0 to LAST.
+check_stages() {
+    if ((stage > stop_stage || stage > $1 || stop_stage < 0)); then
+        echo "$0: --stage $stage --stop-stage $stop_stage: no stage is of both; there are 0 to $1" >&2
+        exit 1
+    fi
+}
+
 
 # list WORD...: a YAML list.
 list() {

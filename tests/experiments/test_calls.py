@@ -1,5 +1,7 @@
 """What run.sh would run for the cells of grids, by its own ``--dry-run true``."""
 
+import subprocess
+
 import pytest
 
 from egs.mini import make_corpus
@@ -199,3 +201,30 @@ def test_one_folder_has_one_name(here, tmp_path):
     for spelled in ("copy", "copy/", "./x/..//copy", "link"):
         plan = commands("--corpus", "digits", "--dl-dir", f"{tmp_path}/{spelled}")
         assert values_after(plan["corpus"], "--dl_dir") == [f"{tmp_path}/copy"]
+
+
+def test_lines_of_a_students_file_may_end_in_any_way(here, tmp_path):
+    path = tmp_path / "students.txt"
+    path.write_bytes(b"# mine\r\n\r\nfirst distillation/none\r\nlast streaming distillation/mvq")
+    plan = commands("--students-file", str(path))
+    assert [name for name in plan if name.startswith("student-")] == [
+        *("student-first", "student-last")
+    ]
+    assert "conf/streaming.yaml" in values_after(plan["student-last"], "--config")
+
+
+def test_students_file_that_names_none_or_one_twice(here, tmp_path):
+    path = tmp_path / "students.txt"
+    path.write_text("# none\n")
+    with pytest.raises(RecipeError, match="names no student; write lines like"):
+        commands("--students-file", str(path))
+    path.write_text("a distillation/none\nb distillation/mvq\na distillation/mvq\n")
+    with pytest.raises(RecipeError, match="more than once: a; name each once"):
+        commands("--students-file", str(path))
+
+
+def test_prepare_sh_of_no_stage_is_refused(here):
+    done = subprocess.run(
+        ["bash", "prepare.sh", "--stage", "5"], cwd=here, capture_output=True, text=True
+    )
+    assert "--stage 5 --stop-stage 3: no stage is of both; there are 0 to 3" in error_line(done)
