@@ -298,10 +298,11 @@ if makes_labels 1; then
             $(conf teacher-model teacher-training teacher-tuning) --init "$teacher_init"
     else
         # Named to the step, which then knows when a folder or file has changed.
-        named=$(sed -n 's/^teacher: *//p' "conf/$teacher_conf.yaml")
+        # shellcheck disable=SC2046
+        named=${teacher_dir:-$(python3 local/conf_value.py teacher $(conf "$teacher_conf"))}
         # shellcheck disable=SC2046
         step teacher "" "$exp/teacher" python3 local/get_teacher.py $(conf "$teacher_conf") \
-            --teacher "${teacher_dir:-$named}" --out_dir "$exp/teacher"
+            ${named:+--teacher "$named"} --out_dir "$exp/teacher"
     fi
 fi
 if makes_labels 2; then

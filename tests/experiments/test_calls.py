@@ -228,3 +228,24 @@ def test_prepare_sh_of_no_stage_is_refused(here):
         ["bash", "prepare.sh", "--stage", "5"], cwd=here, capture_output=True, text=True
     )
     assert "--stage 5 --stop-stage 3: no stage is of both; there are 0 to 3" in error_line(done)
+
+
+def test_the_last_conf_names_the_teacher(here, tmp_path):
+    conf = "hubert-base-ls960"
+    options = ("--teacher", conf, "--stage", "1", "--stop-stage", "1")
+    (teacher,) = values_after(commands(*options)["teacher"], "--teacher")
+    assert teacher == "facebook/hubert-base-ls960"
+    (tmp_path / "teacher").mkdir()
+    mine = tmp_path / "teacher" / f"{conf}.yaml"
+    for text, name in (
+        ('teacher: "some/folder"  # mine\n', "some/folder"),
+        ("layer: 3\n", "facebook/hubert-base-ls960"),
+    ):
+        mine.write_text(text)
+        step = commands(*options, "--overlay", str(tmp_path))["teacher"]
+        assert values_after(step, "--teacher") == [name]
+    step = commands(*options, "--overlay", str(tmp_path), "--teacher-dir", "mine.pt")["teacher"]
+    assert values_after(step, "--teacher") == [f"{here}/mine.pt"]
+    mine.write_text("teacher: [\n")
+    line = error_line(run_sh(here, *options, "--overlay", str(tmp_path)))
+    assert f"step teacher: {mine}: " in line
