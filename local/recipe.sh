@@ -12,7 +12,10 @@ fi
 # not every corpus has.
 options="" teacher_init="" noise="" more_parts=""
 given=(size "$size" split "$split" dl_dir "$dl_dir")
+asked_teacher=${teacher:-}
 . "egs/$corpus/recipe.sh"
+# The call's wins over the recipe's.
+teacher=${asked_teacher:-${teacher:-}}
 for ((i = 0; i < ${#given[@]}; i += 2)); do
     if [[ -n ${given[i + 1]} && " $options " != *" ${given[i]} "* ]]; then
         echo "$0: --${given[i]//_/-} ${given[i + 1]}: is nothing to corpus $corpus; leave it out" >&2

@@ -249,3 +249,17 @@ def test_the_last_conf_names_the_teacher(here, tmp_path):
     mine.write_text("teacher: [\n")
     line = error_line(run_sh(here, *options, "--overlay", str(tmp_path)))
     assert f"step teacher: {mine}: " in line
+
+
+def test_teacher_of_the_call_wins_over_a_recipe_that_sets_one(tmp_path):
+    folder = copy_checkout(tmp_path / "recipe")
+    own = folder / "egs/own"
+    own.mkdir()
+    (own / "recipe.sh").write_text(
+        'name=own scale=laptop train_parts=a pool_parts="" dev_parts=b test_parts=c teacher=mini\n'
+    )
+    (own / "conf").mkdir()
+    for options, conf in (((), "mini"), (("--teacher", "wavlm-large"), "wavlm-large")):
+        command = ["--corpus", "own", "--stage", "1", "--stop-stage", "1", *options]
+        (step,) = plan_of([str(folder / "run.sh"), *command])
+        assert values_after(step, "--config") == [f"conf/teacher/{conf}.yaml"]
