@@ -199,20 +199,30 @@ if [[ -n $suffix && -z $listed ]]; then
     done
 fi
 
+# quoted WORD: as both a shell and Python's shlex read it.
+quoted() {
+    if [[ $1 =~ [^[:alnum:]_./:@%+=,-] ]]; then
+        echo "'${1//\'/\'\"\'\"\'}'"
+    else
+        echo "$1"
+    fi
+}
+
 # What made the results: the options that change them.
 invocation() {
     local gpus_option='' published='' files='' pretraining=''
     [[ $pretrain_teacher == false ]] || pretraining=" --pretrain-teacher true"
     ((num_gpus == 1)) || gpus_option=" --num-gpus $num_gpus"
     [[ $use_extracted_codebook == false ]] ||
-        published="--use-extracted-codebook true ${codebook_dir:+--codebook-dir ${typed[codebook_dir]} }"
-    files=${typed[dl_dir]:+--dl-dir ${typed[dl_dir]} }
-    files+=${typed[noise_dir]:+--noise-dir ${typed[noise_dir]} }
+        published="--use-extracted-codebook true ${codebook_dir:+--codebook-dir $(quoted "${typed[codebook_dir]}") }"
+    files=${typed[dl_dir]:+--dl-dir $(quoted "${typed[dl_dir]}") }
+    files+=${typed[noise_dir]:+--noise-dir $(quoted "${typed[noise_dir]}") }
     files+=${untranscribed_parts:+--untranscribed-parts \"$untranscribed_parts\" }
-    files+=${listed:+--students-file $listed }${overlay:+--overlay $overlay }${decoding:+--decoding $decoding }
+    files+=${listed:+--students-file $(quoted "$listed") }${overlay:+--overlay $(quoted "$overlay") }
+    files+=${decoding:+--decoding $decoding }
     [[ $decode_dev == false ]] || files+="--decode-dev true "
     echo "./run.sh --corpus $corpus${size:+ --size $size}${split:+ --split $split}" \
-        "${teacher:+--teacher $teacher }${teacher_dir:+--teacher-dir ${typed[teacher_dir]} }--labels $labels" \
+        "${teacher:+--teacher $teacher }${teacher_dir:+--teacher-dir $(quoted "${typed[teacher_dir]}") }--labels $labels" \
         "${published}${files}${students:+--students \"$students\" }--train-teacher" \
         "$train_teacher${pretraining}${gpus_option}"
 }

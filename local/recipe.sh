@@ -53,6 +53,10 @@ if [[ $caller != "$PWD" ]]; then
     [[ -z ${students_file:-} || $students_file == /* ]] || students_file=$caller/$students_file
     [[ -z $overlay || $overlay == /* ]] || overlay=$caller/$overlay
 fi
+if [[ $overlay == *[[:space:]*?[\\]* ]]; then
+    echo "$0: --overlay $overlay: its path has a space, *, ?, [ or \\; name a folder without" >&2
+    exit 1
+fi
 if [[ -n $overlay && ! -d $overlay ]]; then
     echo "$0: --overlay $overlay: no such folder; name one with conf files" >&2
     exit 1

@@ -10,13 +10,12 @@
 # --num_workers) are no part of it. When the hash has changed, OUTPUTS (paths, relative to the
 # recipe) are put aside (.before) until the new ones are whole, and put back if COMMAND fails
 # before it has made any of them, as for a mistyped conf, or if it was killed and the old hash is
-# asked for again; when it has not, a step that was
-# killed goes on with what it has left there. An output that ends in ? need not be there in
-# the end. Of two runs that come to the same step, the second waits for the first. $launcher
-# (words, empty by default) starts COMMAND, and is no part of the stamp either. Of several hosts
-# (PET_NODE_RANK, torchrun's number of this one) the first does all of this; the others only take
-# their part in the steps that train on all of them. With $dry_run true nothing is run: steps go to
-# a list instead, see begin_plan.
+# asked for again; when it has not, a step that was killed goes on with what it has left there. An
+# output that ends in ? need not be there in the end. Of two runs that come to the same step, the
+# second waits for the first. $launcher (words, empty by default) starts COMMAND, and is no part of
+# the stamp either. Of several hosts (PET_NODE_RANK, torchrun's number of this one) the first does
+# all of this; the others only take their part in the steps that train on all of them. With
+# $dry_run true nothing is run: steps go to a list instead, see begin_plan.
 
 log() {
     echo "$(date +%H:%M:%S) $*" >&2
@@ -64,6 +63,7 @@ check_confs() {
         fi
     done
 }
+
 # check_stages LAST: that the options ask for one of stages 0 to LAST.
 check_stages() {
     if ((stage > stop_stage || stage > $1 || stop_stage < 0)); then
@@ -71,7 +71,6 @@ check_stages() {
         exit 1
     fi
 }
-
 
 # list WORD...: a YAML list.
 list() {

@@ -1,5 +1,6 @@
 """What run.sh would run for the cells of grids, by its own ``--dry-run true``."""
 
+import shlex
 import subprocess
 
 import pytest
@@ -19,6 +20,7 @@ from mvqkd.experiments.grid import (
 )
 from mvqkd.experiments.plan import plan_of
 from mvqkd.experiments.runner import estimate, plans_of
+from mvqkd.report.confs import conf_digests
 from mvqkd.report.costs import CostSettings
 from tests.recipe_copy import copy_checkout, error_line, run_sh
 
@@ -195,14 +197,6 @@ def test_dry_run_of_students_side_by_side(here):
     assert totals["cuda"].endswith(", GPU-hours not measured")
 
 
-def test_one_folder_has_one_name(here, tmp_path):
-    (tmp_path / "copy").mkdir()
-    (tmp_path / "link").symlink_to("copy")
-    for spelled in ("copy", "copy/", "./x/..//copy", "link"):
-        plan = commands("--corpus", "digits", "--dl-dir", f"{tmp_path}/{spelled}")
-        assert values_after(plan["corpus"], "--dl_dir") == [f"{tmp_path}/copy"]
-
-
 def test_lines_of_a_students_file_may_end_in_any_way(here, tmp_path):
     path = tmp_path / "students.txt"
     path.write_bytes(b"# mine\r\n\r\nfirst distillation/none\r\nlast streaming distillation/mvq")
@@ -263,3 +257,22 @@ def test_teacher_of_the_call_wins_over_a_recipe_that_sets_one(tmp_path):
         command = ["--corpus", "own", "--stage", "1", "--stop-stage", "1", *options]
         (step,) = plan_of([str(folder / "run.sh"), *command])
         assert values_after(step, "--config") == [f"conf/teacher/{conf}.yaml"]
+
+
+def test_one_folder_has_one_name(here, tmp_path):
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "link").symlink_to("copy")
+    for spelled in ("copy", "copy/", "./x/..//copy", "link"):
+        plan = commands("--corpus", "digits", "--dl-dir", f"{tmp_path}/{spelled}")
+        assert values_after(plan["corpus"], "--dl_dir") == [f"{tmp_path}/copy"]
+
+
+def test_command_in_the_report_can_be_given_again(here, tmp_path):
+    folder = tmp_path / "one's own"
+    folder.mkdir()
+    students = folder / "students.txt"
+    students.write_text("first distillation/none\n")
+    options = ["--corpus", "digits", "--dl-dir", "my copy", "--students-file", str(students)]
+    (command,) = values_after(commands(*options)["report"], "--command")
+    assert [word for word in shlex.split(command) if word in options] == options
+    assert set(conf_digests(command)) == {"first"}
