@@ -408,7 +408,7 @@ def checkpoint_cut_short(copy):
         (
             other_quantizer,
             ("--stage", "6", "--students", "mvq"),
-            ["its labels were made by quantizer", "run stage 5 again"],
+            ["its labels were made by quantizer", "labels/mvq and run stage 5"],
             "exp/mini-smoke/mvq/settings.json",
         ),
         (
