@@ -31,6 +31,7 @@ debug=false      # show where an error came from
 . ./path.sh
 . local/steps.sh
 begin_plan
+check_stages 3
 
 if ((stage <= 0 && stop_stage >= 0)); then
     # shellcheck disable=SC2046

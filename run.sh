@@ -109,15 +109,13 @@ if [[ $labels != mvq && $use_extracted_codebook == false && ! -d conf/labels/$la
 fi
 declare -A student_confs=()
 student_names=()
-while read -r student confs; do
+# The last line may have no end; lines may end as on Windows.
+while read -r student confs || [[ -n $student ]]; do
     [[ -n $student && $student != '#'* ]] || continue
     student_confs[$student]=$confs
     student_names+=("$student")
-done <"$students_file"
-if ((stage > stop_stage || stage > 9)); then
-    echo "$0: --stage $stage --stop-stage $stop_stage: no stage is of both; there are 0 to 9" >&2
-    exit 1
-fi
+done < <(tr -d '\r' <"$students_file")
+check_stages 9
 if ((num_jobs < 1 || num_workers < 1 || num_gpus < 1)); then
     echo "$0: --num-jobs $num_jobs, --num-workers $num_workers, --num-gpus $num_gpus:" \
         "give at least 1 of each" >&2
@@ -139,6 +137,19 @@ if [[ $use_extracted_codebook == true && -z $students ]]; then
     log "published indexes have no quantizer: students ${students% } of $known_students"
 fi
 [[ -z $students ]] || read -ra student_names <<<"$students"
+if [[ -z $known_students ]]; then
+    echo "$0: $students_file: names no student; write lines like those of conf/students.txt" >&2
+    exit 1
+fi
+if [[ ${#student_names[@]} == 0 ]]; then
+    echo "$0: --students '$students': names no student; $students_file has: $known_students" >&2
+    exit 1
+fi
+twice=$(printf '%s\n' "${student_names[@]}" | sort | uniq -d | paste -sd ' ')
+if [[ -n $twice ]]; then
+    echo "$0: ${students:+--students $students of }$students_file: more than once: $twice; name each once" >&2
+    exit 1
+fi
 for student in "${student_names[@]}"; do
     if [[ -z ${student_confs[$student]+set} ]]; then
         echo "$0: --students $student: not in $students_file; it has: $known_students" >&2
@@ -188,20 +199,30 @@ if [[ -n $suffix && -z $listed ]]; then
     done
 fi
 
+# quoted WORD: as both a shell and Python's shlex read it.
+quoted() {
+    if [[ $1 =~ [^[:alnum:]_./:@%+=,-] ]]; then
+        echo "'${1//\'/\'\"\'\"\'}'"
+    else
+        echo "$1"
+    fi
+}
+
 # What made the results: the options that change them.
 invocation() {
     local gpus_option='' published='' files='' pretraining=''
     [[ $pretrain_teacher == false ]] || pretraining=" --pretrain-teacher true"
     ((num_gpus == 1)) || gpus_option=" --num-gpus $num_gpus"
     [[ $use_extracted_codebook == false ]] ||
-        published="--use-extracted-codebook true ${codebook_dir:+--codebook-dir ${typed[codebook_dir]} }"
-    files=${typed[dl_dir]:+--dl-dir ${typed[dl_dir]} }
-    files+=${typed[noise_dir]:+--noise-dir ${typed[noise_dir]} }
+        published="--use-extracted-codebook true ${codebook_dir:+--codebook-dir $(quoted "${typed[codebook_dir]}") }"
+    files=${typed[dl_dir]:+--dl-dir $(quoted "${typed[dl_dir]}") }
+    files+=${typed[noise_dir]:+--noise-dir $(quoted "${typed[noise_dir]}") }
     files+=${untranscribed_parts:+--untranscribed-parts \"$untranscribed_parts\" }
-    files+=${listed:+--students-file $listed }${overlay:+--overlay $overlay }${decoding:+--decoding $decoding }
+    files+=${listed:+--students-file $(quoted "$listed") }${overlay:+--overlay $(quoted "$overlay") }
+    files+=${decoding:+--decoding $decoding }
     [[ $decode_dev == false ]] || files+="--decode-dev true "
     echo "./run.sh --corpus $corpus${size:+ --size $size}${split:+ --split $split}" \
-        "${teacher:+--teacher $teacher }${teacher_dir:+--teacher-dir ${typed[teacher_dir]} }--labels $labels" \
+        "${teacher:+--teacher $teacher }${teacher_dir:+--teacher-dir $(quoted "${typed[teacher_dir]}") }--labels $labels" \
         "${published}${files}${students:+--students \"$students\" }--train-teacher" \
         "$train_teacher${pretraining}${gpus_option}"
 }
@@ -287,10 +308,11 @@ if makes_labels 1; then
             $(conf teacher-model teacher-training teacher-tuning) --init "$teacher_init"
     else
         # Named to the step, which then knows when a folder or file has changed.
-        named=$(sed -n 's/^teacher: *//p' "conf/$teacher_conf.yaml")
+        # shellcheck disable=SC2046
+        named=${teacher_dir:-$(python3 local/conf_value.py teacher $(conf "$teacher_conf"))}
         # shellcheck disable=SC2046
         step teacher "" "$exp/teacher" python3 local/get_teacher.py $(conf "$teacher_conf") \
-            --teacher "${teacher_dir:-$named}" --out_dir "$exp/teacher"
+            ${named:+--teacher "$named"} --out_dir "$exp/teacher"
     fi
 fi
 if makes_labels 2; then

@@ -79,6 +79,9 @@ parse_options() {
             _po_choices='true|false'
         elif [[ $_po_default =~ ^-?[0-9]+$ && ! $_po_value =~ ^-?[0-9]+$ ]]; then
             _po_fail "option $_po_line: '$_po_value' is not an integer; the default is $_po_default"
+        elif [[ $_po_default =~ ^-?[0-9]+$ && $_po_value =~ ^-?0[0-9] ]]; then
+            # Bash would take it as octal.
+            _po_fail "option $_po_line: '$_po_value' begins with 0; write it without"
         fi
         [[ -z $_po_choices || "|$_po_choices|" == *"|$_po_value|"* && $_po_value != *'|'* ]] ||
             _po_fail "option $_po_line: '$_po_value' is none of ${_po_choices//|/, }; give one of them"

@@ -12,7 +12,10 @@ fi
 # not every corpus has.
 options="" teacher_init="" noise="" more_parts=""
 given=(size "$size" split "$split" dl_dir "$dl_dir")
+asked_teacher=${teacher:-}
 . "egs/$corpus/recipe.sh"
+# The call's wins over the recipe's.
+teacher=${asked_teacher:-${teacher:-}}
 for ((i = 0; i < ${#given[@]}; i += 2)); do
     if [[ -n ${given[i + 1]} && " $options " != *" ${given[i]} "* ]]; then
         echo "$0: --${given[i]//_/-} ${given[i + 1]}: is nothing to corpus $corpus; leave it out" >&2
@@ -35,18 +38,24 @@ fi
 data=data/$name
 exp=exp/$name
 stamps=$exp/stamps
-# A relative path is meant from where the user called.
+# A relative path is meant from where the user called. One folder has one name, which stamps hold;
+# a file keeps its own, whose ending says what it is.
 declare -A typed=()
 for option in dl_dir noise_dir teacher_dir codebook_dir; do
-    typed[$option]=${!option:-}
-    case ${typed[$option]} in
-        '' | /* | none) ;;
-        *) printf -v "$option" %s "$caller/${typed[$option]}" ;;
-    esac
+    path=${!option:-}
+    typed[$option]=$path
+    [[ -n $path && $path != none ]] || continue
+    [[ $path == /* ]] || path=$caller/$path
+    [[ -f $path ]] || path=$(realpath -m -- "$path")
+    printf -v "$option" %s "$path"
 done
 if [[ $caller != "$PWD" ]]; then
     [[ -z ${students_file:-} || $students_file == /* ]] || students_file=$caller/$students_file
     [[ -z $overlay || $overlay == /* ]] || overlay=$caller/$overlay
+fi
+if [[ $overlay == *[[:space:]*?[\\]* ]]; then
+    echo "$0: --overlay $overlay: its path has a space, *, ?, [ or \\; name a folder without" >&2
+    exit 1
 fi
 if [[ -n $overlay && ! -d $overlay ]]; then
     echo "$0: --overlay $overlay: no such folder; name one with conf files" >&2

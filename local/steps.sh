@@ -4,19 +4,18 @@
 #     step NAME "AFTER" "OUTPUTS" COMMAND...
 #
 # runs COMMAND unless the stamp $stamps/NAME says that it has been run. A stamp is a hash of
-# the command line, of the files named after --config (comments left out), of the lists of
-# files in folders named after --dl_dir, of the files of a teacher that is not made here, and
-# of the stamps named in AFTER. Options that do not change what is made (--device,
+# the command line, of the files named after --config (comments left out), of the names, sizes
+# and times of the files in folders named after --dl_dir, of the files of a teacher that is not
+# made here, and of the stamps named in AFTER. Options that do not change what is made (--device,
 # --num_workers) are no part of it. When the hash has changed, OUTPUTS (paths, relative to the
 # recipe) are put aside (.before) until the new ones are whole, and put back if COMMAND fails
 # before it has made any of them, as for a mistyped conf, or if it was killed and the old hash is
-# asked for again; when it has not, a step that was
-# killed goes on with what it has left there. An output that ends in ? need not be there in
-# the end. Of two runs that come to the same step, the second waits for the first. $launcher
-# (words, empty by default) starts COMMAND, and is no part of the stamp either. Of several hosts
-# (PET_NODE_RANK, torchrun's number of this one) the first does all of this; the others only take
-# their part in the steps that train on all of them. With $dry_run true nothing is run: steps go to
-# a list instead, see begin_plan.
+# asked for again; when it has not, a step that was killed goes on with what it has left there. An
+# output that ends in ? need not be there in the end. Of two runs that come to the same step, the
+# second waits for the first. $launcher (words, empty by default) starts COMMAND, and is no part of
+# the stamp either. Of several hosts (PET_NODE_RANK, torchrun's number of this one) the first does
+# all of this; the others only take their part in the steps that train on all of them. With
+# $dry_run true nothing is run: steps go to a list instead, see begin_plan.
 
 log() {
     echo "$(date +%H:%M:%S) $*" >&2
@@ -65,6 +64,14 @@ check_confs() {
     done
 }
 
+# check_stages LAST: that the options ask for one of stages 0 to LAST.
+check_stages() {
+    if ((stage > stop_stage || stage > $1 || stop_stage < 0)); then
+        echo "$0: --stage $stage --stop-stage $stop_stage: no stage is of both; there are 0 to $1" >&2
+        exit 1
+    fi
+}
+
 # list WORD...: a YAML list.
 list() {
     local IFS=,
@@ -88,7 +95,7 @@ _step_hash() {
                     ;;
                 --dl_dir)
                     echo "$word"
-                    [[ ! -d $word ]] || (cd "$word" && find . -type f -printf '%P %s\n' | sort)
+                    [[ ! -d $word ]] || (cd "$word" && find . -type f -printf '%P %s %T@\n' | sort)
                     ;;
                 --teacher | --init)
                     echo "$word"
@@ -137,9 +144,18 @@ _state_of() (
 
 _put_aside() {
     local path
+    rm -rf "${@/%/.before}"
     for path; do
-        [[ ! -e $path ]] || { rm -rf "$path.before" && mv "$path" "$path.before"; }
+        [[ ! -e $path ]] || mv "$path" "$path.before"
     done
+}
+
+# _remove_begun OUTPUT...: what a run that was not finished has left.
+_remove_begun() {
+    # Of no settings from here on: nobody goes on with what is half removed.
+    : >"$stamps/$name.begun"
+    rm -rf "$@"
+    rm "$stamps/$name.begun"
 }
 
 # _put_back OUTPUT...: what was put aside, with its stamp, unless there is something new.
@@ -153,8 +169,13 @@ _put_back() {
 
 # _restore OUTPUT...: the same, in place of what is new.
 _restore() {
-    local path
-    for path in "$@" "$stamps/$name" "$stamps/$name.begun"; do
+    local path old
+    old=$(cat "$stamps/$name.before" 2>/dev/null) || true
+    if [[ -e $stamps/$name.begun && "$(cat "$stamps/$name.begun")" != "$old" ]]; then
+        _remove_begun "$@"
+    fi
+    # The stamp last: with it they are taken as whole.
+    for path in "$@" "$stamps/$name.begun" "$stamps/$name"; do
         [[ ! -e $path.before ]] || { rm -rf "$path" && mv -T "$path.before" "$path"; }
     done
 }
@@ -245,8 +266,14 @@ step() {
         return 0
     fi
     if [[ "$(cat "$stamps/$name.begun" 2>/dev/null)" != "$hash" ]]; then
-        # shellcheck disable=SC2086
-        _put_aside "$stamps/$name" "$stamps/$name.begun" ${outputs//\?/}
+        if [[ ! -e $stamps/$name && -e $stamps/$name.before ]]; then
+            # Left by a killed run; what is whole is aside already, and stays there.
+            # shellcheck disable=SC2086
+            _remove_begun ${outputs//\?/}
+        else
+            # shellcheck disable=SC2086
+            _put_aside "$stamps/$name" "$stamps/$name.begun" ${outputs//\?/}
+        fi
         echo "$hash" >"$stamps/$name.begun"
     fi
     rm -f "$stamps/$name"
@@ -267,7 +294,8 @@ step() {
     done
     echo "$hash" >"$stamps/.$name.aside"
     mv "$stamps/.$name.aside" "$stamps/$name"
-    for output in ${outputs//\?/} "$stamps/$name" "$stamps/$name.begun"; do
+    # The stamp first: without it nobody puts back what is half removed.
+    for output in "$stamps/$name" "$stamps/$name.begun" ${outputs//\?/}; do
         rm -rf "$output.before"
     done
     echo "$((SECONDS - started))" >"$stamps/$name.seconds"

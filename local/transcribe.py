@@ -61,7 +61,7 @@ def decoding_of(exp_dir: Path) -> DecodingSettings:
         return DecodingSettings(**json.loads(path.read_text())["decoding"])
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(
-            f"{path}: cannot be read as decoding settings; run stage 7 again"
+            f"{path}: cannot be read as decoding settings; remove it, then run stage 7"
         ) from error
 
 

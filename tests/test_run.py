@@ -312,6 +312,11 @@ def test_help(finished):
         ),
         ((*ARGS, "--stage", "10"), "--stage 10 --stop-stage 9: no stage is of both"),
         ((*ARGS, "--stage", "3", "--stop-stage", "2"), "no stage is of both; there are 0 to 9"),
+        ((*ARGS, "--stage", "-1", "--stop-stage", "-1"), "no stage is of both"),
+        ((*ARGS, "--stage", "08"), "option --stage: '08' begins with 0; write it without"),
+        ((*ARGS, "--students", " "), "--students ' ': names no student; conf/laptop/students.txt"),
+        ((*ARGS, "--students", "mvq none mvq"), "more than once: mvq; name each once"),
+        ((*ARGS, "--overlay", "docs/my confs"), "--overlay docs/my confs: its path has a space"),
         ((*ARGS, "--num-jobs", "0"), "give at least 1"),
         ((*ARGS, "--num-gpus", "0"), "give at least 1"),
         ((*ARGS, "--device", "tpu"), "'tpu' is none of auto, cpu, cuda"),
@@ -403,7 +408,7 @@ def checkpoint_cut_short(copy):
         (
             other_quantizer,
             ("--stage", "6", "--students", "mvq"),
-            ["its labels were made by quantizer", "run stage 5 again"],
+            ["its labels were made by quantizer", "labels/mvq and run stage 5"],
             "exp/mini-smoke/mvq/settings.json",
         ),
         (

@@ -15,7 +15,7 @@ import numpy as np
 import sentencepiece
 import torch
 from lhotse import CutSet
-from lhotse.cut import MixedCut
+from lhotse.cut import MixedCut, PaddingCut
 from lhotse.dataset import CutMix, SpecAugment
 
 from mvqkd.data.audio import bucketed_batches, collate_audio, largest_batches
@@ -117,10 +117,16 @@ def load_features(cut) -> np.ndarray:
         # lhotse pads to float64.
         return cut.load_features().astype(np.float32, copy=False)
     except (OSError, KeyError) as error:
-        path = "" if isinstance(cut, MixedCut) else f"{cut.features.storage_path}: "
+        tracks = [track.cut for track in cut.tracks] if isinstance(cut, MixedCut) else [cut]
+        paths = dict.fromkeys(
+            track.features.storage_path
+            for track in tracks
+            if not isinstance(track, PaddingCut) and track.has_features
+        )
         raise RecipeError(
-            f"{path}features of cut {cut.id} cannot be read ({type(error).__name__}); "
-            "run stage 0 again"
+            f"{' or '.join(paths)}: features of cut {cut.id} cannot be read "
+            f"({type(error).__name__}); remove it and the stamp of features or noise in "
+            "exp/<name>/stamps, then run stage 0"
         ) from error
 
 

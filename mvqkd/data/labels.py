@@ -48,6 +48,8 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and students do not n
     from mvqkd.teachers.base import Teacher
 
 FIELD = "codebook_indexes"
+# The folder of the arrays, beside the manifest.
+SHARDS = "shards"
 # The key of what is wrong with the cuts of a shard that have no labels: JSON, by cut id, as bytes.
 _BAD = "bad-utterances"
 ORIGIN_FIELD = "codebook_indexes_origin"
@@ -446,7 +448,7 @@ def dump_labels(cuts: CutSet, out: Path, dumper: Dumper, shard_size: int) -> Cut
       RecipeError: the folder holds labels made from something else, labels are not what they
         should be, too many cuts are bad, or the disk is full.
     """
-    folder = out.parent / "shards"
+    folder = out.parent / SHARDS
     shards = Shards(cuts, folder, shard_size, "labels", joined=out)
     _claim(
         folder / "made-from.json",
@@ -676,7 +678,8 @@ def check_origin(cut, origin: Origin, accept_unknown: bool, field: str = FIELD) 
     Raises:
       RecipeError: ``cut`` has no labels, or labels that ``origin`` did not make.
     """
-    found = _labelled_custom(cut, field).get(origin_field(field))
+    custom = _labelled_custom(cut, field)
+    found = custom.get(origin_field(field))
     if found is None:
         if not accept_unknown:
             raise RecipeError(_UNKNOWN_ORIGIN.format(cut.id))
@@ -684,14 +687,21 @@ def check_origin(cut, origin: Origin, accept_unknown: bool, field: str = FIELD) 
         if found != asdict(origin):
             raise RecipeError(
                 f"cut {cut.id}: its {field} are {in_words(found)}, not {in_words(asdict(origin))}"
-                "; run stage 5 again, or name the other"
+                f"; {_dump_again(custom[field])}, or name the other"
             )
     elif found["sha256"] != origin.sha256:
         raise RecipeError(
             f"cut {cut.id}: its labels were made by quantizer {found['quantizer']} (sha256 "
             f"{found['sha256'][:12]}), not by {origin.quantizer} (sha256 {origin.sha256[:12]}) "
-            "that the conf names; run stage 5 again, or name the other quantizer"
+            f"that the conf names; {_dump_again(custom[field])}, or name the other quantizer"
         )
+
+
+def _dump_again(label: TemporalArray) -> str:
+    """The remedy for labels of something else: stage 5 leaves those that are there."""
+    folder = Path(label.array.storage_path).parent
+    whole = folder.parent if folder.name == SHARDS else "the folder of these labels"
+    return f"remove {whole} and run stage 5"
 
 
 def common_facts(
@@ -740,7 +750,7 @@ def _stored(cut, field: str = FIELD, whole: bool = False) -> np.ndarray:
         path = cut.custom[field].array.storage_path
         raise RecipeError(
             f"{path}: {field} of cut {cut.id} cannot be read ({type(error).__name__}); "
-            "remove the file and run stage 5 again"
+            "remove it and the labels' stamp in exp/<name>/stamps, then run stage 5"
         ) from error
 
 

@@ -59,8 +59,10 @@ def load_tokens(folder: Path) -> sentencepiece.SentencePieceProcessor:
     Raises:
       RecipeError: there is no model, or it cannot be read.
     """
-    path = require(folder / "bpe.model", "run stage 0")
+    # run.sh looks at no more than whether the folder is there.
+    remedy = f"remove {folder}, then run stage 0" if folder.exists() else "run stage 0"
+    path = require(folder / "bpe.model", remedy)
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
-        raise RecipeError(f"{path}: is no sentencepiece model; run stage 0 again") from error
+        raise RecipeError(f"{path}: is no sentencepiece model; {remedy}") from error

@@ -421,7 +421,7 @@ def load_quantizer(path: Path | str) -> tuple[Quantizer, dict[str, Any]]:
       other weights or another search.
     """
     path = Path(path)
-    remake = "train the quantizer again (stage 4) or copy the file again"
+    remake = f"remove {path.name} and run stage 4, or copy it again"
     if not path.is_file():
         raise RecipeError(f"{path}: no such file; train the quantizer first (stage 4)")
     try:
@@ -441,12 +441,12 @@ def load_quantizer(path: Path | str) -> tuple[Quantizer, dict[str, Any]]:
         quantizer.beam = int(meta.get("beam", 0))
         quantizer.restarts = int(meta.get("restarts", 0))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RecipeError(f"{sidecar}: damaged or cut short; {remake}") from error
+        raise RecipeError(f"{sidecar}: damaged or cut short; {remake}, both files") from error
     facts = _own_facts(quantizer)
     if sha256 != facts["sha256"]:
         raise RecipeError(
             f"{path}: weights and search hash to {facts['sha256'][:12]}, but {sidecar.name} was "
-            f"written for {sha256[:12]}; {remake}, both files together"
+            f"written for {sha256[:12]}; {remake}, both files"
         )
     for name in ("mean", "std"):
         if isinstance(meta.get(name), list):

@@ -173,7 +173,7 @@ def open_sample(path: Path) -> Iterator[tuple[Part, Part, dict]]:
     Raises:
       RecipeError: the file is damaged, cut short, or none of these.
     """
-    remake = "run stage 3 again"
+    remake = "remove it, then run stage 3"
     try:
         file = h5py.File(path)
     except OSError as error:

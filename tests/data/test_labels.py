@@ -170,13 +170,14 @@ def test_codebooks_that_are_searched_by_beam(feature_cuts, teacher, tmp_path):
         check_origin(labelled[0], other, accept_unknown=False)
 
 
-def test_labels_of_another_quantizer_are_refused(labelled_cuts, teacher, quantizer, origin):
+def test_labels_of_another_quantizer_are_refused(corpus, labelled_cuts, teacher, quantizer, origin):
     other = Origin("tiny", 2, "0badcafe", "f" * 64)
     with pytest.raises(RecipeError) as caught:
         verify_labels(labelled_cuts, [CodebookIndexes(teacher, quantizer, other)])
     message = str(caught.value)
     for name in (labelled_cuts[0].id, quantizer.get_id(), origin.sha256[:12], "0badcafe", "f" * 12):
         assert name in message
+    assert f"; remove {corpus.parent}/labels and run stage 5, or" in message
     assert "\n" not in message
     with pytest.raises(RecipeError):
         check_origin(labelled_cuts[0], other, accept_unknown=True)
@@ -220,7 +221,7 @@ def test_what_labels_have_in_common(labelled_cuts, own_labels):
         (lambda a: np.concatenate([a, a[:2]]), "its codebook_indexes have shape"),
         (lambda a: a[:, :2], "its codebook_indexes have shape"),
         (lambda a: a.astype(np.int16), "its codebook_indexes are int16, not uint8"),
-        (None, "cannot be read (KeyError); remove the file and run"),
+        (None, "cannot be read (KeyError); remove it and the labels' stamp in"),
     ],
     ids=["short", "long", "columns", "dtype", "missing"],
 )

@@ -1,5 +1,8 @@
 """What run.sh would run for the cells of grids, by its own ``--dry-run true``."""
 
+import shlex
+import subprocess
+
 import pytest
 
 from egs.mini import make_corpus
@@ -17,6 +20,7 @@ from mvqkd.experiments.grid import (
 )
 from mvqkd.experiments.plan import plan_of
 from mvqkd.experiments.runner import estimate, plans_of
+from mvqkd.report.confs import conf_digests
 from mvqkd.report.costs import CostSettings
 from tests.recipe_copy import copy_checkout, error_line, run_sh
 
@@ -191,3 +195,84 @@ def test_dry_run_of_students_side_by_side(here):
         assert any("GPU-hours" in line for line in lines) == (device == "cuda")
     assert totals["cpu"].endswith("; 2 students at once")
     assert totals["cuda"].endswith(", GPU-hours not measured")
+
+
+def test_lines_of_a_students_file_may_end_in_any_way(here, tmp_path):
+    path = tmp_path / "students.txt"
+    path.write_bytes(b"# mine\r\n\r\nfirst distillation/none\r\nlast streaming distillation/mvq")
+    plan = commands("--students-file", str(path))
+    assert [name for name in plan if name.startswith("student-")] == [
+        *("student-first", "student-last")
+    ]
+    assert "conf/streaming.yaml" in values_after(plan["student-last"], "--config")
+
+
+def test_students_file_that_names_none_or_one_twice(here, tmp_path):
+    path = tmp_path / "students.txt"
+    path.write_text("# none\n")
+    with pytest.raises(RecipeError, match="names no student; write lines like"):
+        commands("--students-file", str(path))
+    path.write_text("a distillation/none\nb distillation/mvq\na distillation/mvq\n")
+    with pytest.raises(RecipeError, match="more than once: a; name each once"):
+        commands("--students-file", str(path))
+
+
+def test_prepare_sh_of_no_stage_is_refused(here):
+    done = subprocess.run(
+        ["bash", "prepare.sh", "--stage", "5"], cwd=here, capture_output=True, text=True
+    )
+    assert "--stage 5 --stop-stage 3: no stage is of both; there are 0 to 3" in error_line(done)
+
+
+def test_the_last_conf_names_the_teacher(here, tmp_path):
+    conf = "hubert-base-ls960"
+    options = ("--teacher", conf, "--stage", "1", "--stop-stage", "1")
+    (teacher,) = values_after(commands(*options)["teacher"], "--teacher")
+    assert teacher == "facebook/hubert-base-ls960"
+    (tmp_path / "teacher").mkdir()
+    mine = tmp_path / "teacher" / f"{conf}.yaml"
+    for text, name in (
+        ('teacher: "some/folder"  # mine\n', "some/folder"),
+        ("layer: 3\n", "facebook/hubert-base-ls960"),
+    ):
+        mine.write_text(text)
+        step = commands(*options, "--overlay", str(tmp_path))["teacher"]
+        assert values_after(step, "--teacher") == [name]
+    step = commands(*options, "--overlay", str(tmp_path), "--teacher-dir", "mine.pt")["teacher"]
+    assert values_after(step, "--teacher") == [f"{here}/mine.pt"]
+    mine.write_text("teacher: [\n")
+    line = error_line(run_sh(here, *options, "--overlay", str(tmp_path)))
+    assert f"step teacher: {mine}: " in line
+
+
+def test_teacher_of_the_call_wins_over_a_recipe_that_sets_one(tmp_path):
+    folder = copy_checkout(tmp_path / "recipe")
+    own = folder / "egs/own"
+    own.mkdir()
+    (own / "recipe.sh").write_text(
+        'name=own scale=laptop train_parts=a pool_parts="" dev_parts=b test_parts=c teacher=mini\n'
+    )
+    (own / "conf").mkdir()
+    for options, conf in (((), "mini"), (("--teacher", "wavlm-large"), "wavlm-large")):
+        command = ["--corpus", "own", "--stage", "1", "--stop-stage", "1", *options]
+        (step,) = plan_of([str(folder / "run.sh"), *command])
+        assert values_after(step, "--config") == [f"conf/teacher/{conf}.yaml"]
+
+
+def test_one_folder_has_one_name(here, tmp_path):
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "link").symlink_to("copy")
+    for spelled in ("copy", "copy/", "./x/..//copy", "link"):
+        plan = commands("--corpus", "digits", "--dl-dir", f"{tmp_path}/{spelled}")
+        assert values_after(plan["corpus"], "--dl_dir") == [f"{tmp_path}/copy"]
+
+
+def test_command_in_the_report_can_be_given_again(here, tmp_path):
+    folder = tmp_path / "one's own"
+    folder.mkdir()
+    students = folder / "students.txt"
+    students.write_text("first distillation/none\n")
+    options = ["--corpus", "digits", "--dl-dir", "my copy", "--students-file", str(students)]
+    (command,) = values_after(commands(*options)["report"], "--command")
+    assert [word for word in shlex.split(command) if word in options] == options
+    assert set(conf_digests(command)) == {"first"}

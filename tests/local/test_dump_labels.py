@@ -207,7 +207,7 @@ def test_second_call_and_lost_shards(job, whole, monkeypatch):
     assert written(job) == whole
     Path("labels/shards/00001.h5").write_bytes(b"damaged")
     with pytest.raises(
-        RecipeError, match=r"00001\.h5: .* cannot be read .*remove the file and run"
+        RecipeError, match=r"00001\.h5: .* cannot be read .*remove it and the labels' stamp"
     ):
         main(settings())
 

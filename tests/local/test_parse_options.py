@@ -95,6 +95,8 @@ def test_option_is_set_and_no_other(run, args, name, value):
         (["--stage"], "option --stage needs a value"),
         (["--stage", "--device", "cpu"], "option --stage needs a value"),
         (["--stage", "two"], "option --stage: 'two' is not an integer"),
+        (["--stage", "08"], "option --stage: '08' begins with 0"),
+        (["--offset=-07"], "option --offset: '-07' begins with 0"),
         (["--stage="], "option --stage: '' is not an integer"),
         (["--train-teacher", "yes"], "'yes' is none of true, false"),
         (["--train-teacher="], "'' is none of true, false"),

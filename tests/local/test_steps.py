@@ -151,6 +151,37 @@ def test_what_a_killed_run_put_aside_comes_back_with_its_settings(shell, tmp_pat
     assert not list(tmp_path.rglob("*.before"))
 
 
+@pytest.mark.parametrize("third", ['echo third >"$2"; kill -KILL $$', "false"])
+def test_whole_result_stays_aside_over_any_number_of_killed_runs(shell, tmp_path, third):
+    step = 'step one "" "out/one out/work?" work one out/one'
+    shell(step + " --lr 1")
+    shell('work() { echo half | tee "$2" >out/work; kill -KILL $$; }\n' + step + " --lr 2")
+    assert (tmp_path / "out/one").read_text() == "half\n"
+    shell(f"work() {{ {third}; }}\n{step} --lr 3")
+    done, ran = shell(step + " --lr 1")
+    assert ran == [] and "one: done already" in done.stderr
+    assert (tmp_path / "out/one").read_text() == "one\n"
+    assert not (tmp_path / "out/work").exists()
+    assert not list(tmp_path.rglob("*.before"))
+
+
+def test_killed_run_goes_on_beside_what_it_put_aside(shell, tmp_path):
+    step = 'step one "" out/one work one out/one'
+    shell(step + " --lr 1")
+    shell('work() { echo half >"$2"; kill -KILL $$; }\n' + step + " --lr 2")
+    assert shell(step + " --lr 2")[1] == ["one"]
+    assert (tmp_path / "out/one").read_text() == "half\none\n"
+    assert not list(tmp_path.rglob("*.before"))
+
+
+def test_killed_run_comes_back_when_one_with_a_mistake_fails_at_once(shell, tmp_path):
+    step = 'step one "" out/one work one out/one'
+    shell('work() { mkdir out; echo half >"$2"; kill -KILL $$; }\n' + step + " --lr 1")
+    shell("work() { false; }\n" + step + " --lr 2")
+    assert shell(step + " --lr 1")[1] == ["one"]
+    assert (tmp_path / "out/one").read_text() == "half\none\n"
+
+
 def test_optional_output_is_removed_but_need_not_be_there(shell, tmp_path):
     step = 'step one "" "out/one out/work?" work one out/one'
     assert shell(step)[0].returncode == 0
@@ -189,6 +220,8 @@ def test_files_of_a_folder_count(shell, tmp_path):
     shell(step)
     assert shell(step)[1] == []
     (tmp_path / "in/b").write_text("1")
+    assert shell(step)[1] == ["one"]
+    os.utime(tmp_path / "in/b", (1, 1))  # another file of the same size
     assert shell(step)[1] == ["one"]
     (tmp_path / "shipped/weights").write_text("2")
     assert shell(step)[1] == ["one"]
