@@ -45,6 +45,7 @@ labels=""            # name of the set of labels that is dumped and learned from
                      # conf; students of another set than mvq are called STUDENT-NAME
 students=""          # which of the recipe's students; all where empty
 students_file=""     # lists them, instead of the recipe's students.txt
+max_duration=""      # seconds of speech in a batch of each process that trains; the conf's where empty
 overlay=""           # a folder of conf files that win over all others
 num_workers=2        # processes of stage 0
 num_gpus=1           # of this host, that train one model together; on the CPU, processes
@@ -220,6 +221,7 @@ invocation() {
     files+=${untranscribed_parts:+--untranscribed-parts \"$untranscribed_parts\" }
     files+=${listed:+--students-file $(quoted "$listed") }${overlay:+--overlay $(quoted "$overlay") }
     files+=${decoding:+--decoding $decoding }
+    files+=${max_duration:+--max-duration $max_duration }
     [[ $decode_dev == false ]] || files+="--decode-dev true "
     echo "./run.sh --corpus $corpus${size:+ --size $size}${split:+ --split $split}" \
         "${teacher:+--teacher $teacher }${teacher_dir:+--teacher-dir $(quoted "${typed[teacher_dir]}") }--labels $labels" \
@@ -379,6 +381,7 @@ train_student() {
         done
         [[ ${#unread[@]} == 0 ]] || kind_args+=(--untranscribed_manifests "$(list "${unread[@]}")")
     fi
+    [[ -z $max_duration ]] || kind_args+=(--data.max_duration "$max_duration")
     if [[ -n $noise ]]; then
         after+=" noise"
         kind_args+=(--data.noise.manifest "$data/noise/noise.jsonl.gz")

@@ -197,6 +197,13 @@ def test_dry_run_of_students_side_by_side(here):
     assert totals["cuda"].endswith(", GPU-hours not measured")
 
 
+def test_max_duration_is_of_training_alone(here):
+    plan = commands("--size", "small", "--max-duration", "40", "--students", "none")
+    options = {name: values_after(step, "--data.max_duration") for name, step in plan.items()}
+    assert {name: values for name, values in options.items() if values} == {"student-none": ["40"]}
+    assert "--max-duration 40 " in " ".join(values_after(plan["report"], "--command"))
+
+
 def test_lines_of_a_students_file_may_end_in_any_way(here, tmp_path):
     path = tmp_path / "students.txt"
     path.write_bytes(b"# mine\r\n\r\nfirst distillation/none\r\nlast streaming distillation/mvq")
