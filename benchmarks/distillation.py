@@ -165,8 +165,6 @@ def make_teacher(size: Size) -> HubertTeacher:
 
 
 def make_task(row: str, size: Size, device: torch.device) -> tuple[StudentTask, StudentBatch]:
-    if device.type == "cpu":
-        keep_freed_memory()  # as the training loop does
     torch.manual_seed(0)
     kinds, in_loop = ROWS[row]
     encoder = ConformerSettings(**size.encoder, middle_output_layers=[size.layer] if kinds else [])
@@ -215,6 +213,8 @@ def make_task(row: str, size: Size, device: torch.device) -> tuple[StudentTask, 
 def measure(row: str, settings: Settings) -> tuple[float, int]:
     """(seconds of a step, bytes at the peak)."""
     device = pick_device(settings.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as the training loop does
     before = resident_bytes()
     task, batch = make_task(row, SIZES[settings.size], device)
     model = task.model.to(device).train()

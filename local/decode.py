@@ -20,7 +20,13 @@ from mvqkd import cli
 from mvqkd.data.datamodule import DataSettings, StudentData
 from mvqkd.data.manifests import read_cuts
 from mvqkd.data.tokens import load_tokens
-from mvqkd.decoding.decode import DecodingSettings, check_vocabulary, decode, load_student
+from mvqkd.decoding.decode import (
+    Decoded,
+    DecodingSettings,
+    check_vocabulary,
+    decode,
+    load_student,
+)
 from mvqkd.decoding.scoring import save_results
 from mvqkd.device import pick_device
 from mvqkd.errors import RecipeError
@@ -52,6 +58,18 @@ class Settings:
     decoding: DecodingSettings = field(default_factory=DecodingSettings)
     # Other weights of the student, that are decoded as well.
     more: list[Weights] = field(default_factory=list)
+
+
+def tokens_of(decoded: Decoded) -> dict[str, dict[str, Any]]:
+    """By cut id the tokens of the hypothesis, with a space between two, the seconds at which each
+    was emitted and, of a streaming student, its delay."""
+    entries: dict[str, dict[str, Any]] = {}
+    for name, tokens in decoded.tokens.items():
+        text = " ".join(token.text for token in tokens)
+        entries[name] = {"text": text, "times": [token.time for token in tokens]}
+        if name in decoded.delays:
+            entries[name]["delays"] = decoded.delays[name]
+    return entries
 
 
 def decode_weights(
@@ -86,6 +104,7 @@ def decode_weights(
             "rtf": decoded.rtf,
             "results": decoded.results,
             "times": decoded.times,
+            "tokens": tokens_of(decoded),
         }
         if decoded.emission_delay is not None:
             delay = decoded.emission_delay

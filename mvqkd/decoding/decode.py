@@ -14,7 +14,14 @@ from mvqkd.data.datamodule import StudentData
 from mvqkd.decoding.scoring import Result
 from mvqkd.decoding.search import BeamSearch, FastBeamSearch, GreedySearch, Hypothesis
 from mvqkd.decoding.streaming import decode_streaming
-from mvqkd.decoding.times import EmissionDelay, emission_delays, summarize_delays, words_with_times
+from mvqkd.decoding.times import (
+    EmissionDelay,
+    Token,
+    emission_delays,
+    summarize_delays,
+    tokens_with_times,
+    words_with_times,
+)
 from mvqkd.errors import RecipeError
 from mvqkd.files import read_json
 from mvqkd.students.conformer import ConformerSettings, subsampled_lengths
@@ -172,17 +179,17 @@ def _delays(
     lens_B: torch.Tensor,
     settings: DecodingSettings,
     streamed: list[Hypothesis],
-) -> list[tuple[float, float]]:
-    """`emission_delays` of a batch of streams."""
+) -> list[list[tuple[float, float] | None]]:
+    """`emission_delays` of each of a batch of streams."""
+    delays: list[list[tuple[float, float] | None]] = [[None] * len(h.tokens) for h in streamed]
     # The whole-utterance pass takes none that is too short for a frame.
     chosen = (subsampled_lengths(lens_B) > 0).nonzero()[:, 0]
     if len(chosen) == 0:
-        return []
+        return delays
     whole = _decode_whole(make_search(model, settings), features_BTF[chosen], lens_B[chosen])
     chunks = (settings.chunk_size, settings.right_context)
-    delays = []
     for b, hypothesis in zip(chosen.tolist(), whole):
-        delays += emission_delays(streamed[b], hypothesis, model.encoder, *chunks)
+        delays[b] = emission_delays(streamed[b], hypothesis, model.encoder, *chunks)
     return delays
 
 
@@ -198,6 +205,11 @@ class Decoded:
     emission_delay: EmissionDelay | None
     # By cut id: start and end of each hypothesis word, in seconds, as `words_with_times` has them.
     times: dict[str, list[tuple[float, float]]]
+    # By cut id, as `tokens_with_times` has them.
+    tokens: dict[str, list[Token]]
+    # By cut id, of a streaming student: seconds by which each token comes later than where the
+    # whole utterance is seen, None for one that does not come there; see `emission_delays`.
+    delays: dict[str, list[float | None]]
 
 
 @torch.inference_mode()
@@ -213,8 +225,10 @@ def decode(
     """
     model = model.to(device)
     results: list[Result] = []
-    delays: list[tuple[float, float]] = []
+    all_delays: list[tuple[float, float] | None] = []
     times: dict[str, list[tuple[float, float]]] = {}
+    emitted: dict[str, list[Token]] = {}
+    delays: dict[str, list[float | None]] = {}
     speech = spent = 0.0
     for batch, seconds in data.batches(epoch=0):
         started = time.perf_counter()
@@ -227,9 +241,14 @@ def decode(
             length = int(batch.lengths_B[b]) * model.encoder.feature_frame_shift
             words = words_with_times(model.encoder, hypothesis, tokens, length)
             times[name] = [(word.start, word.end) for word in words]
+            emitted[name] = tokens_with_times(model.encoder, hypothesis, tokens)
         if model.encoder.settings.causal:
-            delays += _delays(model, features_BTF, lens_B, settings, found)
+            of_batch = _delays(model, features_BTF, lens_B, settings, found)
+            for name, of_tokens in zip(batch.ids, of_batch):
+                delays[name] = [None if d is None else round(d[0], 2) for d in of_tokens]
+                all_delays += of_tokens
         logging.info(f"decoded {speech:.0f} of {data.seconds:.0f} s, RTF {spent / speech:.4f}")
     if not results:
         raise RecipeError("decoding: the test set has no utterances; make its manifest again")
-    return Decoded(sorted(results), spent / speech, summarize_delays(delays), times)
+    delay = summarize_delays(all_delays)
+    return Decoded(sorted(results), spent / speech, delay, times, emitted, delays)

@@ -20,6 +20,15 @@ _NOTHING = -1
 
 
 @dataclass(frozen=True)
+class Token:
+    """A token as the tokenizer spells it, and when it was emitted, in seconds from the start of the
+    audio."""
+
+    text: str
+    time: float
+
+
+@dataclass(frozen=True)
 class Word:
     """A word and where it lies, in seconds from the start of the audio."""
 
@@ -36,6 +45,19 @@ def frame_time(encoder: nn.Module, frame: int) -> float:
 def token_times(encoder: nn.Module, hypothesis: Hypothesis) -> list[float]:
     """Seconds at which each token of ``hypothesis`` was emitted."""
     return [frame_time(encoder, frame) for frame in hypothesis.frames]
+
+
+def tokens_with_times(encoder: nn.Module, hypothesis: Hypothesis, tokens) -> list[Token]:
+    """The tokens of ``hypothesis``, with `token_times` to milliseconds.
+
+    Args:
+      tokens: the sentencepiece model.
+    """
+    times = token_times(encoder, hypothesis)
+    return [
+        Token(tokens.id_to_piece(token), round(time, 3))
+        for token, time in zip(hypothesis.tokens, times)
+    ]
 
 
 def words_with_times(
@@ -90,13 +112,13 @@ class EmissionDelay:
 
 def emission_delays(
     streamed: Hypothesis, whole: Hypothesis, encoder: nn.Module, chunk_size: int, right_context: int
-) -> list[tuple[float, float]]:
+) -> list[tuple[float, float] | None]:
     """Of each token, how much later a stream emits it, and can show it, than it was said.
 
     There is no measured time at which a token was said. What stands for it is when the same student
     with the same search emits it where every frame sees the whole utterance, which gives no reason
-    to wait. The two token sequences are aligned by edit distance; tokens that are not the same
-    in both are left out.
+    to wait. The two token sequences are aligned by edit distance; a token that is not the same in
+    both has none.
 
     A token can be shown once its chunk has been computed: when the last feature frame that the
     chunk and its look-ahead need is there. What computing takes is not in it (see RTF), nor that
@@ -106,30 +128,32 @@ def emission_delays(
       streamed, whole: of one utterance.
       chunk_size, right_context: of the stream, in encoder frames.
     Returns:
-      (seconds until emitted, seconds until shown) of each token compared. The first is negative
-      where the stream is earlier.
+      Of each token of ``streamed``: (seconds until emitted, seconds until shown), or None. The
+      first is negative where the stream is earlier.
     """
     aligned = kaldialign.align(whole.tokens, streamed.tokens, _NOTHING)
     # From a frame's centre to that of the last feature frame that it depends on.
     reach = encoder.receptive_field // 2 * encoder.feature_frame_shift
-    delays, w, s = [], 0, 0
+    delays: list[tuple[float, float] | None] = [None] * len(streamed.tokens)
+    w = s = 0
     for in_whole, in_streamed in aligned:
         if in_whole == in_streamed:
             said = frame_time(encoder, whole.frames[w])
             frame = streamed.frames[s]
             last = (frame // chunk_size + 1) * chunk_size + right_context - 1
             shown = frame_time(encoder, last) + reach
-            delays.append((frame_time(encoder, frame) - said, shown - said))
+            delays[s] = frame_time(encoder, frame) - said, shown - said
         w += in_whole != _NOTHING
         s += in_streamed != _NOTHING
     return delays
 
 
-def summarize_delays(delays: Sequence[tuple[float, float]]) -> EmissionDelay | None:
-    """Over the tokens of a test set; None where there are none."""
-    if not delays:
+def summarize_delays(delays: Sequence[tuple[float, float] | None]) -> EmissionDelay | None:
+    """Over the tokens of a test set that have one; None where there are none."""
+    known = [delay for delay in delays if delay is not None]
+    if not known:
         return None
-    emitted, shown = np.array(delays).T
+    emitted, shown = np.array(known).T
     return EmissionDelay(
-        len(delays), float(emitted.mean()), float(np.percentile(emitted, 90)), float(shown.mean())
+        len(known), float(emitted.mean()), float(np.percentile(emitted, 90)), float(shown.mean())
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from mvqkd.data.audio_files import AudioFile, feature_blocks
 from mvqkd.data.datamodule import LOG_EPSILON
 from mvqkd.decoding.decode import DecodingSettings, decode_batch
 from mvqkd.decoding.search import Hypothesis
-from mvqkd.decoding.times import Word, words_with_times
+from mvqkd.decoding.times import Token, Word, tokens_with_times, words_with_times
 from mvqkd.errors import RecipeError
 from mvqkd.students.transducer import Transducer
 
@@ -51,6 +51,7 @@ class Transcript:
 
     words: list[Word]
     seconds: float
+    tokens: list[Token] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -86,7 +87,8 @@ def transcribe(
     length: float,
     device: torch.device,
 ) -> Transcript:
-    """The words of an audio file, see `AudioFile`, with their times, see `words_with_times`.
+    """The words of an audio file, see `AudioFile`, and its tokens with their times, see
+    `words_with_times` and `tokens_with_times`.
 
     Long audio is cut into `segments`, which are decoded as utterances of a test set are, a batch at
     a time; by a causal student as streams. Memory does not grow with the length of the file.
@@ -103,6 +105,7 @@ def transcribe(
     blocks = map(torch.from_numpy, feature_blocks(audio.blocks(), extractor))
     parts = segments(blocks, round(length / shift))
     words: list[Word] = []
+    emitted: list[Token] = []
     begin = 0  # frames before the batch
     for batch in _batches(parts, round(settings.max_duration / shift)):
         found = _decode_segments(model, batch, settings, device)
@@ -111,8 +114,10 @@ def transcribe(
             for word in words_with_times(model.encoder, hypothesis, tokens, seconds):
                 start, end = (round(begin * shift + at, 3) for at in (word.start, word.end))
                 words.append(Word(word.text, start, end))
+            for token in tokens_with_times(model.encoder, hypothesis, tokens):
+                emitted.append(Token(token.text, round(begin * shift + token.time, 3)))
             begin += len(segment_TF)
-    return Transcript(words, audio.seconds)
+    return Transcript(words, audio.seconds, emitted)
 
 
 def _batches(segments_TF: Iterable[Tensor], max_frames: int) -> Iterator[list[Tensor]]:
@@ -162,10 +167,16 @@ def as_ctm(path: Path, transcript: Transcript) -> str:
 
 
 def as_json(path: Path, transcript: Transcript) -> str:
-    """One line: ``{"file", "seconds", "text", "words": [{"text", "start", "end"}]}``."""
-    words = [asdict(word) for word in transcript.words]
-    document = {"file": str(path), "seconds": round(transcript.seconds, 3)}
-    return json.dumps({**document, "text": transcript.text, "words": words}, ensure_ascii=False)
+    """One line: ``{"file", "seconds", "text", "words": [{"text", "start", "end"}], "tokens":
+    [{"text", "time"}]}``."""
+    document = {
+        "file": str(path),
+        "seconds": round(transcript.seconds, 3),
+        "text": transcript.text,
+        "words": [asdict(word) for word in transcript.words],
+        "tokens": [asdict(token) for token in transcript.tokens],
+    }
+    return json.dumps(document, ensure_ascii=False)
 
 
 FORMATS = {"text": as_text, "ctm": as_ctm, "json": as_json}

@@ -31,8 +31,8 @@ Arguments that several functions share:
   computed here with any of them.
 
 An utterance for which no path exists (fewer frames than tokens with ``modified``, say) has loss
-+inf and no gradient. Half-precision inputs are computed in float32. Wrong shapes and values raise
-ValueError.
++inf and no gradient. Half-precision inputs are computed in float32, with k2 too. Wrong shapes and
+values raise ValueError.
 
 Shapes: B utterances, T frames, S tokens, S1 = S + 1, V vocabulary with blank, D model dimension,
 R prune range, T1 = T + 1 for regular and T otherwise, K steps of the lattice recursion.
@@ -44,6 +44,7 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,11 +64,12 @@ def import_k2():
         return None
 
 
-def _with_backend(is_of_k2: Callable[..., bool]) -> Callable:
+def _with_backend(is_of_k2: Callable[..., bool], any_float: bool = False) -> Callable:
     """Give a function of this file the keyword ``backend``, which may hand the call to k2.
 
     Args:
       is_of_k2: whether k2 takes a call, by the arguments; what it cannot read, it may raise of.
+      any_float: whether k2's function takes half precision too; others get it as float32.
     """
 
     def decorate(native: Callable) -> Callable:
@@ -88,6 +90,9 @@ def _with_backend(is_of_k2: Callable[..., bool]) -> Callable:
                 with contextlib.suppress(AttributeError, IndexError, RuntimeError):
                     if is_of_k2(**bound.arguments):
                         function = getattr(k2, native.__name__)
+                        if not any_float:
+                            args = [_at_least_float32(value) for value in args]
+                            kwargs = {k: _at_least_float32(value) for k, value in kwargs.items()}
             return function(*args, **kwargs)
 
         keyword = inspect.Parameter(
@@ -134,8 +139,9 @@ def _check_boundary(boundary: Tensor | None, B: int) -> None:
     )
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+def _at_least_float32(x: Any) -> Any:
+    """A tensor of half precision as float32; anything else as it is."""
+    return x.float() if getattr(x, "dtype", None) in (torch.bfloat16, torch.float16) else x
 
 
 def _reduce(loss_B: Tensor, reduction: str) -> Tensor:
@@ -601,7 +607,7 @@ def get_rnnt_prune_ranges(
     return begin_BT[:, :, None] + torch.arange(R, device=py_grad.device)
 
 
-@_with_backend(lambda **_: True)
+@_with_backend(lambda **_: True, any_float=True)
 def do_rnnt_pruning(am: Tensor, lm: Tensor, ranges: Tensor) -> tuple[Tensor, Tensor]:
     """Encoder and predictor outputs, paired as the joiner needs them.
 

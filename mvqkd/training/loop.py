@@ -199,21 +199,34 @@ class _Loss(nn.Module):
         self._task = task
 
     def forward(self, batch: Any, step: int, warmup: float) -> tuple[torch.Tensor, dict]:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if batch is None:
+            # Gradients of 0, from the last parameter to the first.
+            loss = torch.zeros(())
+            for p in parameters:
+                loss = _ReachAll.apply(loss, p)
+            return loss, {}
         loss, figures = self._task.loss(batch, step, warmup)
         if num_processes() > 1:
             # What a step leaves out (the pruned loss while its weight is 0, a dropped layer) would
             # otherwise keep the others waiting, or take a search for it in every step.
-            loss = _ReachAll.apply(loss, *(p for p in self.parameters() if p.requires_grad))
+            loss = _ReachAll.apply(loss, *parameters)
         return loss, figures
 
 
-def _exchanging_gradients(module: nn.Module) -> DistributedDataParallel:
+def _exchanging_gradients(module: _Loss, device: torch.device) -> DistributedDataParallel:
     # Of the smallest convolution, whose gradient comes in another order of memory.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     with warnings.catch_warnings():
         # torch 2.13 has another name for it, which older ones do not know. No buffer changes.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-        return DistributedDataParallel(module, broadcast_buffers=False)
+        exchanging = DistributedDataParallel(module, broadcast_buffers=False)
+    if device.type == "cpu":
+        # After its first backward a process lays the gradients out anew, in the order in which
+        # they came; and where one lies says in which order gloo adds those of three or more
+        # processes. Done before the first step, the layout is that of a run that resumes as well.
+        exchanging(None, 0, 0.0)[0].backward()
+    return exchanging
 
 
 def _fill_gradients(model: nn.Module) -> None:
@@ -327,7 +340,7 @@ def _train(task: Task, settings: TrainingSettings, folder: Path, device: torch.d
         scan(model, task.largest_batches(), lambda b: loss_of(b, 3.0)[0], task.describe, device)
     module: nn.Module = _Loss(task)
     if num_processes() > 1:
-        module = _exchanging_gradients(module)
+        module = _exchanging_gradients(module, device)
 
     def accumulate_gradients(
         own: list[Any], divisor: float, warmup: float

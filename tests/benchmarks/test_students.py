@@ -145,9 +145,14 @@ def test_student_step_beside_the_published_code(peer_dir, capsys, monkeypatch):
     monkeypatch.setattr(
         student_step, "importlib", types.SimpleNamespace(import_module=import_module)
     )
+    keeping = []
+    for module in (distillation, student_step):
+        monkeypatch.setattr(module, "keep_freed_memory", lambda: keeping.append(True))
     settings = student_step.Settings("tiny", ["cpu"], ["float32"], peer_dir=peer_dir)
     settings.rounds = settings.steps = 1
     student_step.main(settings)
+    # Nobody does that for the published code.
+    assert len(keeping) == len(student_step.KINDS)
     head, table = capsys.readouterr().out.split("matrix products at")
     assert "a step, on either side: SpecAugment, batch to the device, losses" in head
     names = ("none ", "mvq ", "mvq-l2 ", "published, none ", "published, mvq ")

@@ -8,7 +8,7 @@ import torch
 from mvqkd.data.datamodule import StudentBatch
 from mvqkd.decoding import search
 from mvqkd.decoding.decode import DecodingSettings, decode, decode_batch, load_student
-from mvqkd.decoding.times import words_with_times
+from mvqkd.decoding.times import tokens_with_times, words_with_times
 from mvqkd.errors import RecipeError
 from tests.decoding.random_transducer import NUM_FEATURES, few_tokens, random_transducer
 
@@ -36,8 +36,17 @@ def test_words_come_with_their_times(causal, tmp_path):
         words = words_with_times(model.encoder, found[place], tokens, seconds)
         assert [word.text for word in words] == heard
         assert decoded.times[name] == [(word.start, word.end) for word in words]
+        assert decoded.tokens[name] == tokens_with_times(model.encoder, found[place], tokens)
     assert any(decoded.times.values())
+    assert decoded.tokens.keys() == decoded.times.keys()
     assert (decoded.emission_delay is not None) == causal
+    assert decoded.delays.keys() == (decoded.times.keys() if causal else set())
+    for name, delays in decoded.delays.items():
+        assert len(delays) == len(decoded.tokens[name])
+    known = [d for delays in decoded.delays.values() for d in delays if d is not None]
+    if causal:
+        assert len(known) == decoded.emission_delay.tokens
+        assert sum(known) / len(known) == pytest.approx(decoded.emission_delay.mean, abs=0.005)
 
 
 def test_fast_beam_search_needs_k2(monkeypatch):

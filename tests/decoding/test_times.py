@@ -13,6 +13,7 @@ from mvqkd.decoding.times import (
     emission_delays,
     summarize_delays,
     token_times,
+    tokens_with_times,
     words_with_times,
 )
 from tests.decoding.random_transducer import NUM_FEATURES, few_tokens, random_transducer
@@ -31,6 +32,13 @@ def model():
 def test_a_frame_is_40_ms_and_lies_where_its_receptive_field_does(model):
     # Frame 0 sees the first 8 feature frames of 10 ms and one of padding before them.
     assert token_times(model.encoder, Hypothesis([5, 6], [0, 10])) == pytest.approx([0.035, 0.435])
+
+
+def test_tokens_are_spelt_as_the_tokenizer_spells_them(model, tokens):
+    ids = tokens.encode("THE OLD", out_type=int)
+    found = tokens_with_times(model.encoder, Hypothesis(ids, list(range(len(ids)))), tokens)
+    assert [token.text for token in found] == tokens.encode("THE OLD", out_type=str)
+    assert found[0].time == 0.035 and found[1].time == 0.075
 
 
 def test_words_are_those_of_the_decoded_text(model, tokens):
@@ -60,11 +68,12 @@ def test_delay_of_known_hypotheses(model):
     whole = Hypothesis([3, 4, 5, 6], [2, 10, 20, 30])
     streamed = Hypothesis([3, 7, 5, 6], [3, 10, 19, 31])  # one substituted, one earlier
     delays = emission_delays(streamed, whole, model.encoder, chunk_size=8, right_context=2)
+    assert delays.pop(1) is None
     emitted, shown = zip(*delays)
     assert emitted == pytest.approx([0.04, -0.04, 0.04])
     # Frames 3, 19 and 31 wait for the features of frames 9, 25 and 33, which reach 40 ms further.
     assert shown == pytest.approx([0.04 * 7 + 0.04, 0.04 * 5 + 0.04, 0.04 * 3 + 0.04])
-    summary = summarize_delays(delays)
+    summary = summarize_delays([None, *delays, None])
     assert summary.tokens == 3
     assert summary.mean == pytest.approx(0.04 / 3) and summary.p90 == pytest.approx(0.04)
     assert summary.shown == pytest.approx(0.24)
@@ -73,6 +82,14 @@ def test_delay_of_known_hypotheses(model):
 def test_delay_without_tokens(model):
     delays = emission_delays(Hypothesis(), Hypothesis([4], [3]), model.encoder, 8, 0)
     assert delays == [] and summarize_delays(delays) is None
+    delays = emission_delays(Hypothesis([4, 5], [3, 4]), Hypothesis(), model.encoder, 8, 0)
+    assert delays == [None, None] and summarize_delays(delays) is None
+    # A token that only one of them has moves no other's.
+    delays = emission_delays(
+        Hypothesis([3, 4, 5], [1, 5, 9]), Hypothesis([4, 6, 5], [4, 6, 9]), model.encoder, 8, 0
+    )
+    assert delays[0] is None
+    assert [d[0] for d in delays[1:]] == pytest.approx([0.04, 0.0])
 
 
 @pytest.mark.parametrize("search_class", [GreedySearch, BeamSearch])

@@ -12,7 +12,7 @@ import torch
 
 from mvqkd.data.features import FeatureSettings, make_extractor
 from mvqkd.decoding.decode import DecodingSettings, decode_batch
-from mvqkd.decoding.times import Word, words_with_times
+from mvqkd.decoding.times import Token, Word, words_with_times
 from mvqkd.decoding.transcribe import (
     SegmentSettings,
     Transcript,
@@ -68,6 +68,9 @@ def test_a_file_is_decoded_as_its_features_are(model, tokens, tmp_path):
     features_TF = features_of(path)
     assert transcript.words == words_of(model, tokens, features_TF)
     assert transcript.seconds == 2.0 and transcript.text
+    pieces = [token.text for token in transcript.tokens]
+    assert tokens.decode(pieces).split() == transcript.text.split()
+    assert transcript.words[0].start <= transcript.tokens[0].time <= transcript.words[0].end
 
 
 @pytest.mark.parametrize("max_duration", [1, 2, 300])
@@ -86,6 +89,9 @@ def test_a_long_file_is_the_sum_of_its_segments(model, tokens, tmp_path, max_dur
     times = [(w.start, w.end) for w in transcript.words]
     assert np.allclose(times, [e[1:] for e in expected])
     assert all(a[1] <= b[0] + 1e-6 for a, b in itertools.pairwise(times))
+    # The tokens too are of the file, not of their segment.
+    emitted = [token.time for token in transcript.tokens]
+    assert emitted == sorted(emitted) and transcript.words[-1].start <= emitted[-1]
 
 
 @pytest.mark.parametrize("seconds", [0.001, 0.02, 0.03, 0.06, 0.07, 0.1, 0.3])
@@ -123,7 +129,8 @@ def test_segments_of_no_length_are_refused():
 
 def test_formats():
     path = Path("a/b c.wav")
-    transcript = Transcript([Word("ON", 0.1, 0.25), Word("MONDAY", 1.0, 12.346)], 13.0)
+    tokens = [Token("\u2581ON", 0.12), Token("\u2581MON", 1.02), Token("DAY", 12.326)]
+    transcript = Transcript([Word("ON", 0.1, 0.25), Word("MONDAY", 1.0, 12.346)], 13.0, tokens)
     lines = as_text(path, transcript).split("\n")
     assert lines[0] == "a/b c.wav: ON MONDAY"
     assert [line.split() for line in lines[1:]] == [
@@ -138,6 +145,11 @@ def test_formats():
         "words": [
             {"text": "ON", "start": 0.1, "end": 0.25},
             {"text": "MONDAY", "start": 1.0, "end": 12.346},
+        ],
+        "tokens": [
+            {"text": "\u2581ON", "time": 0.12},
+            {"text": "\u2581MON", "time": 1.02},
+            {"text": "DAY", "time": 12.326},
         ],
     }
     nothing = Transcript([], 1.0)

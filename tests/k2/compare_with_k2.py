@@ -125,6 +125,49 @@ def test_equals_k2(number):
         assert difference <= 1e-4 * expected[finite].abs().max().clamp(min=1e-3), (place, name)
 
 
+def results_in_bf16(problem, backend):
+    """Both losses and their gradients, of inputs in half precision."""
+    lm, am = (problem[name].bfloat16().requires_grad_() for name in ("lm", "am"))
+    symbols, boundary = problem["symbols"], problem["boundary"]
+    shared = {
+        "boundary": boundary,
+        "rnnt_type": problem["rnnt_type"],
+        "delay_penalty": problem["delay_penalty"],
+        "reduction": "none",
+        "backend": backend,
+    }
+    simple = rnnt.rnnt_loss_smoothed(lm, am, symbols, 0, **problem["scales"], **shared)
+    # Of all tokens: no window to choose.
+    (B, S1, _), T = lm.shape, am.shape[1]
+    ranges = torch.arange(S1).expand(B, T, S1)
+    logits = (am[:, :, None] + lm[:, None]).detach().requires_grad_()
+    pruned = rnnt.rnnt_loss_pruned(logits, symbols, ranges, 0, **shared)
+    total = torch.cat((simple, pruned))
+    total[total.isfinite()].sum().backward()
+    leaves = {"lm": lm, "am": am, "logits": logits}
+    return {
+        "simple loss": simple.detach(),
+        "pruned loss": pruned.detach(),
+        **{f"gradient of {name}": leaf.grad for name, leaf in leaves.items()},
+    }
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_half_precision_equals_k2_on_the_same_values(number):
+    problem = random_problem(number)
+    native, of_k2 = (results_in_bf16(problem, backend) for backend in ("native", "k2"))
+    for name, value in native.items():
+        place, expected = (f"SEED={SEED}, problem {number}", name), of_k2[name]
+        # Only the gradients that go back to the inputs are rounded to their type.
+        tolerance = 1e-2 if name.startswith("gradient") else 1e-4
+        rounded = torch.bfloat16 if name.startswith("gradient") else torch.float32
+        assert value.dtype == expected.dtype == rounded, place
+        finite = expected.isfinite()
+        assert torch.equal(value.isfinite(), finite), place
+        difference = (value - expected)[finite].abs().max()
+        assert difference <= tolerance * expected[finite].abs().max().clamp(min=1e-3), place
+
+
 @pytest.mark.parametrize("rnnt_type", rnnt.RNNT_TYPES)
 @pytest.mark.parametrize(("T", "S", "s_range"), [(5, 0, 5), (1, 0, 1), (4, 5, 5), (2, 9, 2)])
 @pytest.mark.filterwarnings("ignore:s_range")

@@ -47,6 +47,15 @@ def test_a_checkpoint_of_icefall_as_a_student_of_our_own(plain_cuts, tmp_path, c
     decoded = tmp_path / "student/decoded.json"
     alone = json.loads(decoded.read_text())
     assert "more" not in alone
+    entry = alone["test_sets"]["test-clean"]
+    for name, _, hyp in entry["results"]:
+        of_tokens = entry["tokens"][name]
+        pieces = of_tokens["text"].split()
+        assert tokens.decode(pieces).split() == hyp
+        assert len(of_tokens["times"]) == len(pieces) > 0
+        assert entry["times"][name][0][0] <= of_tokens["times"][0] <= entry["times"][name][0][1]
+        assert ("delays" in of_tokens) == causal
+        assert not causal or len(of_tokens["delays"]) == len(pieces)
     checkpoint = ("--checkpoint", str(tmp_path / "pretrained.pt"), "--causal", str(causal).lower())
     name, found = run("results", *checkpoint)
     assert found == expected and "hyp=['" in found

@@ -444,6 +444,43 @@ def test_backend_k2_is_used_where_it_imports(monkeypatch):
     assert len(calls) == 2 and calls[0][1]["ranges"] is ranges
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_k2_gets_half_precision_as_float32(monkeypatch, dtype):
+    got = []
+
+    def of_k2(*args, **kwargs):
+        values = [*args, *kwargs.values()]
+        tensors = [x for x in values if torch.is_tensor(x) and x.is_floating_point()]
+        got.append({x.dtype for x in tensors})
+        return sum(x.sum() for x in tensors)
+
+    k2 = types.ModuleType("k2")
+    monkeypatch.setitem(sys.modules, "k2", k2)
+    rnnt.import_k2.cache_clear()
+    for name in (
+        *("mutual_information_recursion", "rnnt_loss_simple", "rnnt_loss_smoothed"),
+        *("get_rnnt_prune_ranges", "rnnt_loss_pruned", "do_rnnt_pruning"),
+    ):
+        setattr(k2, name, of_k2)
+    lm, am, symbols, boundary = problem(1, 4, 2, dtype=dtype)
+    leaf = am.requires_grad_()
+    _, grads = rnnt_loss_smoothed(lm, leaf.detach(), symbols, 0, return_grad=True)
+    grads = [grad.to(dtype) for grad in grads]
+    ranges = full_ranges(1, 4, 2)
+    logits = leaf[:, :, None] + lm[:, None]
+    rnnt.rnnt_loss_smoothed(lm, leaf, symbols, 0, backend="k2").backward()
+    assert leaf.grad.dtype == dtype
+    rnnt.rnnt_loss_simple(lm=lm, am=leaf, symbols=symbols, termination_symbol=0)
+    rnnt.rnnt_loss_pruned(logits, symbols, ranges, 0, boundary)
+    rnnt.mutual_information_recursion(*grads, boundary)
+    rnnt.get_rnnt_prune_ranges(*grads, boundary, 2)
+    assert got == [{torch.promote_types(dtype, torch.float32)}] * 5
+    # A look-up, which is of the type that it is given.
+    rnnt.do_rnnt_pruning(leaf, lm, ranges)
+    assert got[-1] == {dtype}
+    rnnt.import_k2.cache_clear()
+
+
 def test_what_k2_asserts_against_is_computed_here(monkeypatch):
     k2 = types.ModuleType("k2")
     monkeypatch.setitem(sys.modules, "k2", k2)

@@ -12,9 +12,12 @@ from mvqkd.students.conformer import (
     Conformer,
     ConformerSettings,
     ConvolutionModule,
+    RelPositionMultiheadAttention,
     StreamingEncoder,
+    _AttentionFunction,
     _AttentionMask,
     chunk_mask,
+    padding_mask,
     subsampled_lengths,
 )
 
@@ -57,7 +60,7 @@ def small(**settings):
 
 @pytest.mark.parametrize("case", MASKED, ids=lambda case: case["key"])
 @torch.no_grad()
-def test_masked_equals_published(encoder, case):
+def test_masked_equals_published(encoder, case, attention):
     out, lengths, _ = encoder(
         golden("x"), golden("x_lens"), chunk_size=case["chunk"], left_context=case["left"]
     )
@@ -66,7 +69,7 @@ def test_masked_equals_published(encoder, case):
 
 
 @pytest.mark.parametrize("case", CHUNKED, ids=lambda case: case["key"])
-def test_chunked_equals_published_call_for_call(encoder, case):
+def test_chunked_equals_published_call_for_call(encoder, case, attention):
     states = encoder.get_init_state(2, case["left"])
     processed, outputs = torch.zeros(2, dtype=torch.int64), []
     need = case["feature_frames_per_call"]
@@ -182,23 +185,46 @@ def test_depthwise_convolution_and_gradients(causal):
         assert torch.allclose(a, e)
 
 
-def test_position_scores_by_definition():
+def test_position_scores_by_definition(attention):
     # More frames than one block of queries.
-    attention = small().encoder.layers[0].self_attn
+    module = small().encoder.layers[0].self_attn
     encoder = small()
     x = torch.randn(2, 70, 16)
-    out = attention(x, encoder.encoder_pos.eval()(70, 70, x), _AttentionMask(None, torch.float32))
-    q, k, v = (y.unflatten(-1, (2, 8)) for y in attention.in_proj(x).chunk(3, dim=-1))
+    out = module(x, encoder.encoder_pos.eval()(70, 70, x), _AttentionMask(None, torch.float32))
+    q, k, v = (y.unflatten(-1, (2, 8)) for y in module.in_proj(x).chunk(3, dim=-1))
     q = q / 8**0.5
     distance = torch.arange(70).unsqueeze(1) - torch.arange(70)
     angle = distance.unsqueeze(-1) * 10000 ** (-torch.arange(0, 16, 2) / 16)
     table = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(2)
-    p = attention.linear_pos(table).unflatten(-1, (2, 8))
-    u = attention.pos_bias_u * attention.pos_bias_u_scale.exp()
-    w = attention.pos_bias_v * attention.pos_bias_v_scale.exp()
+    p = module.linear_pos(table).unflatten(-1, (2, 8))
+    u = module.pos_bias_u * module.pos_bias_u_scale.exp()
+    w = module.pos_bias_v * module.pos_bias_v_scale.exp()
     scores = torch.einsum("bihd,bjhd->bhij", q + u, k) + torch.einsum("bihd,ijhd->bhij", q + w, p)
     expected = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v).flatten(2)
-    assert_near(out, attention.out_proj(expected), 1e-5)
+    assert_near(out, module.out_proj(expected), 1e-5)
+
+
+@pytest.mark.parametrize("cached", [0, 9])
+def test_the_attentions_of_both_devices_have_the_same_gradients(cached):
+    B, T, S, H, D = 2, 70, 70 + cached, 2, 4
+    shapes = (B, T, H * D), (B, S, H * D), (B, S, H * D), (H, S + T - 1, D), (H, D), (H, D)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in shapes
+    ]
+    # Padded queries that see padding alone among them.
+    masked = padding_mask(torch.tensor([S, S - 40]), S).unsqueeze(1)
+    masked = masked | chunk_mask(S, 8, 1)[cached:]
+    mask = _AttentionMask(masked, torch.float64)
+    assert mask.empty_rows.any()
+    grad = torch.randn(B, T, H * D, generator=generator, dtype=torch.float64)
+    outs = [
+        attend(*inputs, mask)
+        for attend in (_AttentionFunction.apply, RelPositionMultiheadAttention._attend)
+    ]
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*(torch.autograd.grad(out, inputs, grad) for out in outs))
 
 
 def test_padding_does_not_change_an_utterance():

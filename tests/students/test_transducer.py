@@ -90,12 +90,12 @@ def check_outputs(model, prefix, tolerance):
     assert_near(joiner_out, golden(f"{prefix}/joiner_out"), tolerance)
 
 
-def test_outputs_in_evaluation():
+def test_outputs_in_evaluation(attention):
     check_outputs(make_model(0.0), "eval", 1e-4)
 
 
 @pytest.mark.parametrize("warmup", [0.3, 0.95])
-def test_warmup(warmup):
+def test_warmup(warmup, attention):
     losses, out = compute_losses(make_model(0.0).train(), warmup)
     assert_near(losses, golden(f"warmup{warmup}/losses"), 1e-4)
     assert_near(out.encoder_out_BTC, golden(f"warmup{warmup}/encoder_out"), 1e-4)
@@ -112,7 +112,7 @@ def well_conditioned(name, value):
 
 
 @pytest.mark.parametrize("mode, balance_prob", [("off", 0.0), ("on", 1.0)])
-def test_thirty_steps(mode, balance_prob):
+def test_thirty_steps(mode, balance_prob, attention):
     prefix = f"balancers_{mode}"
     model = make_model(balance_prob).train()
     schedule = META["optimizer"]

@@ -1,4 +1,4 @@
-"""Training in two processes, exchanging gradients by gloo, against training in one."""
+"""Training in several processes, exchanging gradients by gloo, against training in one."""
 
 import itertools
 import os
@@ -30,8 +30,8 @@ from tests.training.test_loop import Killed, log_of, same, state_of
 from tests.training.test_loop import Task as OneProcessTask
 
 
-def _process(index, function, args, port, folder):
-    environment = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": 2}
+def _process(index, count, function, args, port, folder):
+    environment = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": count}
     os.environ.update({name: str(value) for name, value in environment.items()})
     # With neither of them, for one may leave a run while the other still comes to it; and each
     # run has its own keys, for one may have gone on to the next.
@@ -42,19 +42,19 @@ def _process(index, function, args, port, folder):
         timeout=timeout,
         store=distributed.PrefixStore(str(next(runs)), store),
         rank=index,
-        world_size=2,
+        world_size=count,
     )
     torch.set_num_threads(1)
     torch.save(function(*args), folder / f"returned-{index}.pt")
 
 
-def in_two_processes(tmp_path, function, *args):
-    """What ``function(*args)`` returns in each of two processes."""
+def in_processes(count, tmp_path, function, *args):
+    """What ``function(*args)`` returns in each of ``count`` processes."""
     folder = tmp_path / "processes"
     folder.mkdir()
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    multiprocessing.spawn(_process, (function, args, store.port, folder), nprocs=2)
-    return [torch.load(folder / f"returned-{i}.pt") for i in range(2)]
+    multiprocessing.spawn(_process, (count, function, args, store.port, folder), nprocs=count)
+    return [torch.load(folder / f"returned-{i}.pt") for i in range(count)]
 
 
 # One update from a batch of four utterances: whole, in halves, or in quarters.
@@ -205,7 +205,7 @@ def gradients_of_halves_and_quarters(folder):
 
 
 def test_gradients_are_those_of_one_batch(tmp_path):
-    ours, theirs = in_two_processes(tmp_path, gradients_of_halves_and_quarters, tmp_path)
+    ours, theirs = in_processes(2, tmp_path, gradients_of_halves_and_quarters, tmp_path)
     assert same(ours, theirs)
     alone = all_gradients(tmp_path, 1, 2, 2)
     for case, wholes, *others in zip(CASES, all_gradients(tmp_path, 1, 4, 1), *ours, alone):
@@ -239,7 +239,7 @@ def joiner_in_warm_up(folder, count, size):
 
 def test_the_joiner_in_warm_up_is_the_same_in_one_process_and_in_two(tmp_path):
     alone = joiner_in_warm_up(tmp_path, 1, 4)
-    ours, theirs = in_two_processes(tmp_path, joiner_in_warm_up, tmp_path, 2, 2)
+    ours, theirs = in_processes(2, tmp_path, joiner_in_warm_up, tmp_path, 2, 2)
     assert len(alone) == 12
     assert same(ours, alone) and same(theirs, alone)
     for state in alone.values():
@@ -306,7 +306,7 @@ def run_all(folder):
 
 
 def test_runs_of_two_processes(tmp_path):
-    ours, theirs = in_two_processes(tmp_path, run_all, tmp_path)
+    ours, theirs = in_processes(2, tmp_path, run_all, tmp_path)
     assert same(ours["weights"], theirs["weights"])
     # 5 steps, and 4 because one process has no more.
     whole = state_of(tmp_path / "whole/checkpoint.pt")
@@ -330,6 +330,22 @@ def test_runs_of_two_processes(tmp_path):
     left_out = state_of(tmp_path / "left-out/checkpoint.pt")
     assert left_out["progress"]["bad_batches"] == 1
     assert all(torch.isfinite(value).all() for value in left_out["model"].values())
+
+
+def run_and_resume(folder):
+    run(folder, "whole", SETTINGS)
+    for kill_at in (2, 5):
+        run(folder, f"killed-{kill_at}", SETTINGS, kill_at=kill_at)
+        run(folder, f"killed-{kill_at}", SETTINGS)
+
+
+def test_three_processes_resume_bit_for_bit(tmp_path):
+    """Of three numbers the sum depends on which two are added first."""
+    in_processes(3, tmp_path, run_and_resume, tmp_path)
+    whole = state_of(tmp_path / "whole/checkpoint.pt")
+    assert whole["progress"]["step"] == 5 + 3
+    for kill_at in (2, 5):
+        assert same(state_of(tmp_path / f"killed-{kill_at}/checkpoint.pt"), whole), kill_at
 
 
 def test_processes_share_the_batches_of_an_epoch(plain_cuts):
