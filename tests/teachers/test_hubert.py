@@ -6,6 +6,7 @@ import h5py
 import pytest
 import torch
 from lhotse import CutSet
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import HubertForCTC, Wav2Vec2ForCTC, WavLMForCTC
 
@@ -303,6 +304,23 @@ def _set_config(**values):
     return change
 
 
+def _set_preprocessor(**values):
+    def change(folder):
+        path = folder / "preprocessor_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
+
+
+def _more_weights(*names):
+    def change(folder):
+        path = folder / "model.safetensors"
+        weights = load_file(path)
+        save_file({**weights, **{name: torch.zeros(2) for name in names}}, path, {"format": "pt"})
+
+    return change
+
+
 DAMAGES = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
@@ -311,6 +329,19 @@ DAMAGES = {
     "other sizes": (_set_config(intermediate_size=40), "cannot be loaded"),
     "more layers": (_set_config(num_hidden_layers=3), "weights lack"),
     "fewer layers": (_set_config(num_hidden_layers=1), "config.json has no place"),
+    "no bias in the front end": (_set_config(conv_bias=False), "config.json has no place"),
+    "other norm in the front end": (
+        _set_config(feat_extract_norm="group"),
+        "config.json has no place",
+    ),
+    "more in the projection": (
+        _more_weights("hubert.feature_projection.more.bias"),
+        "config.json has no place",
+    ),
+    "more at the positions": (
+        _more_weights("encoder.pos_conv_embed.batch_norm.weight"),
+        "config.json has no place",
+    ),
     "another kind": (_set_config(model_type="bert"), "model_type bert is no teacher"),
     "no kind": (_set_config(model_type=None), "model_type None is no teacher"),
     "many languages": (
@@ -324,6 +355,10 @@ DAMAGES = {
         lambda f: (f / "preprocessor_config.json").write_text(""),
         "preprocessor_config.json: ",
     ),
+    "other sampling rate": (
+        _set_preprocessor(sampling_rate=8000),
+        "the teacher hears a sampling_rate of 8000, and audio has 16000 here; give another",
+    ),
 }
 
 
@@ -335,6 +370,24 @@ def test_folder_that_cannot_be_loaded(teacher, tmp_path, damage, cause):
         load_teacher(tmp_path)
     message = str(caught.value)
     assert message.startswith(str(tmp_path)) and cause in message and "\n" not in message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_embeddings_do_not_need(kind, tmp_path):
+    """Of heads, adapters and decoders, and of the mask, for which config.json has no place."""
+    model = new_model(kind)
+    teacher = HubertTeacher(model, False, list(SYMBOLS)).eval()
+    teacher.save(tmp_path)
+    prefix = model.base_model_prefix
+    _more_weights(
+        *("quantizer.codevectors", "project_hid.weight", "project_q.bias", "final_proj.weight"),
+        *("projector.weight", "classifier.bias", "layer_weights", "objective.weight"),
+        *("feature_extractor.weight", "feature_extractor.bias", "tdnn.0.kernel.weight"),
+        *(f"{prefix}.adapter.layers.0.conv.weight", f"{prefix}.masked_spec_embed"),
+        "decoder.layers.0.encoder_attn.k_proj.bias",
+    )(tmp_path)
+    loaded, batch = load_teacher(tmp_path), waveforms(8000)
+    torch.testing.assert_close(loaded.embed(*batch, 2)[0], teacher.embed(*batch, 2)[0])
 
 
 def test_empty_folder(tmp_path):
