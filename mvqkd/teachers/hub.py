@@ -161,7 +161,7 @@ def _download(name: str, commit: str, file: RepoSibling, path: Path) -> None:
         data = path.read_bytes()
         found = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
         if found != file.blob_id:
-            path.unlink()
+            path.unlink(missing_ok=True)  # by another process
             raise RecipeError(
                 f"{url}: its git hash is {found}, not {file.blob_id}; run again, {REMEDY}"
             )
