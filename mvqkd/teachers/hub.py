@@ -168,6 +168,17 @@ def _download(name: str, commit: str, file: RepoSibling, path: Path) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
+    """Whether ``folder`` has weights, and the settings without which they would be misunderstood:
+    other tools fetch of a model what they need themselves."""
+    config = folder / "config.json"
+    if not config.exists() or not (folder / "preprocessor_config.json").exists():
+        return False
+    try:
+        kinds = json.loads(config.read_text()).get("architectures") or []
+    except ValueError:  # damaged, as its hash will tell
+        return False
+    if any(kind.endswith("ForCTC") for kind in kinds) and not (folder / "vocab.json").exists():
+        return False
     for first, parts in WEIGHTS:
         if (folder / first).exists():
             shards = json.loads((folder / first).read_text())["weight_map"] if parts else {}

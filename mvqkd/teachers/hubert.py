@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import pickle
 import re
@@ -309,6 +310,11 @@ def load_hubert(folder: Path, family: str, name: str) -> HubertTeacher:
                 f"{preprocessor}: the teacher hears a sampling_rate of {sampling_rate}, and audio "
                 f"has {SAMPLE_RATE} here; give another teacher"
             )
+    else:
+        logging.warning(
+            f"{folder}: has no preprocessor_config.json; each utterance is normalized to zero mean "
+            'and unit variance, unless you put that file there with {"do_normalize": false}'
+        )
     return HubertTeacher(model, do_normalize, vocabulary, name).eval()
 
 

@@ -372,6 +372,19 @@ def test_folder_that_cannot_be_loaded(teacher, tmp_path, damage, cause):
     assert message.startswith(str(tmp_path)) and cause in message and "\n" not in message
 
 
+def test_folder_without_a_preprocessor_is_told_of(teacher, tmp_path, caplog):
+    teacher.save(tmp_path)
+    load_teacher(tmp_path)
+    assert not caplog.records
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert load_teacher(tmp_path).do_normalize
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{tmp_path}: has no preprocessor_config.json; each utterance is normalized to zero mean "
+        'and unit variance, unless you put that file there with {"do_normalize": false}'
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_embeddings_do_not_need(kind, tmp_path):
     """Of heads, adapters and decoders, and of the mask, for which config.json has no place."""
