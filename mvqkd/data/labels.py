@@ -443,9 +443,15 @@ def dump_labels(cuts: CutSet, out: Path, dumper: Dumper, shard_size: int) -> Cut
       end writes ``out``.
 
     Raises:
-      RecipeError: the folder holds labels made from something else, labels are not what they
-        should be, too many cuts are bad, or the disk is full.
+      RecipeError: a cut is given twice, the folder holds labels made from something else, labels
+        are not what they should be, too many cuts are bad, or the disk is full.
     """
+    ids = [cut.id for cut in cuts]
+    if len(set(ids)) < len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise RecipeError(
+            f"cut {twice}: is there twice; give each cut of the manifest an id of its own"
+        )
     folder = out.parent / "shards"
     shards = Shards(cuts, folder, shard_size, "labels", joined=out)
     _claim(
@@ -464,7 +470,7 @@ def dump_labels(cuts: CutSet, out: Path, dumper: Dumper, shard_size: int) -> Cut
         if not out.exists():
             raise
         labelled = read_cuts(out)  # written by another process since
-    if [cut.id for cut in labelled] != [cut.id for cut in cuts if cut.id not in bad]:
+    if [cut.id for cut in labelled] != [name for name in ids if name not in bad]:
         raise RecipeError(f"{out}: has not the cuts that were to be labelled; remove it")
     close_cached_file_handles()  # what is read is what is there now
     verify_labels(labelled, dumper.kinds)

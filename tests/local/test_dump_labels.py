@@ -238,6 +238,17 @@ def test_job_that_would_write_other_labels_is_refused(job, whole, monkeypatch):
     assert written(job) == whole
 
 
+@pytest.mark.parametrize("place", [1, 5])  # of two in the first shard, and in another
+def test_cut_that_is_there_twice_is_named(job, monkeypatch, place):
+    monkeypatch.chdir(job)
+    cuts = list(CutSet.from_file("train.jsonl.gz"))
+    cuts[place] = fastcopy(cuts[place], id=cuts[0].id)
+    write_cuts(CutSet.from_cuts(cuts), Path("train.jsonl.gz"))
+    with pytest.raises(RecipeError, match=f"^cut {cuts[0].id}: is there twice; give each cut of"):
+        main(settings())
+    assert not Path("labels").exists()
+
+
 def other_layer(kind):
     return 1 if kind == "layer" else 2
 
