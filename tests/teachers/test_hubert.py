@@ -1,6 +1,11 @@
 """HuBERT: embeddings, their independence of the batch, files."""
 
 import json
+import os
+import re
+import resource
+import subprocess
+import sys
 
 import h5py
 import pytest
@@ -11,6 +16,7 @@ from torch.nn import functional as F
 from transformers import HubertForCTC, Wav2Vec2ForCTC, WavLMForCTC
 
 from mvqkd.data.audio import collate_audio
+from mvqkd.data.manifests import write_cuts
 from mvqkd.errors import RecipeError
 from mvqkd.teachers import load_teacher
 from mvqkd.teachers.base import Teacher
@@ -476,6 +482,29 @@ def test_sample_of_embeddings(plain_cuts, teacher, tmp_path):
         pass
     with pytest.raises(RecipeError, match=r"sample\.num_utterances: .* fewer than 2"):
         sample_embeddings(plain_cuts, teacher, 2, out, SampleSettings(num_utterances=1), CPU)
+
+
+def test_full_disk_within_a_sample_is_one_line(plain_cuts, teacher, tmp_path):
+    teacher.save(tmp_path / "teacher")
+    write_cuts(plain_cuts, tmp_path / "train.jsonl.gz")
+    command = [sys.executable, str(ROOT / "local/sample_embeddings.py"), "--layer", "2"]
+    command += ["--teacher", "teacher", "--train_manifest", "train.jsonl.gz"]
+    command += ["--out", "sample/a.h5", "--device", "cpu", "--sample.max_duration", "10"]
+    for limit in (3000, 100_000):
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit,) * 2),
+        )
+        lines = done.stderr.splitlines()
+        assert [line for line in lines if not re.match(r"\d\d:\d\d:\d\d ", line)] == [
+            f"{command[1]}: sample/a.h5: cannot be written (File too large); make room on that "
+            "disk and start again: what is done is kept"
+        ]
+        assert done.returncode == 1 and list((tmp_path / "sample").iterdir()) == []
 
 
 def test_a_frame_of_the_sample_that_is_not_finite_is_named(
