@@ -1,6 +1,7 @@
 """local/dump_labels.py in many processes: torchrun, a Slurm array, killed and gone on with."""
 
 import os
+import re
 import shutil
 import signal
 import stat
@@ -104,6 +105,8 @@ def test_what_is_left_in_the_end(whole):
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+# The same, whose failures are one line.
+LAUNCH = [sys.executable, "-m", "mvqkd.launch", *TORCHRUN[3:]]
 
 
 def killed_at_the_late_file(job, launcher, num_done):
@@ -148,13 +151,34 @@ def test_killed_under_torchrun_and_ended_by_one_process(job, whole, monkeypatch)
 
 def test_killed_alone_and_ended_by_three_processes(job, whole):
     before = killed_at_the_late_file(job, [sys.executable], LATE_SHARD)
-    done = subprocess.run(
-        [*TORCHRUN, "3", *COMMAND], cwd=job, env=ENVIRONMENT, capture_output=True, text=True
-    )
+    command = [*LAUNCH, "3", "--no-python", sys.executable, *COMMAND]
+    done = subprocess.run(command, cwd=job, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sum(": shard " in line for line in done.stderr.splitlines()) == 6 - LATE_SHARD
     assert written(job) == whole
     assert before.items() <= times_of(job).items()
+
+
+def test_failure_of_processes_that_run_sh_launches_is_one_line(job):
+    """As its option --label-launcher has them."""
+    step = job / "step.sh"
+    step.write_text(
+        f"cd {ROOT} && . local/steps.sh && cd {job}\n"
+        "stamps=stamps exp=exp dry_run=false\n"
+        f'launcher="{" ".join(LAUNCH)} 2 --no-python"\n'
+        f'step labels "" "labels {OUT}" {sys.executable} "$@"\n'
+    )
+    (job / "late.flac").unlink()
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", str(step), *COMMAND],
+        cwd=job,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0 and not (job / OUT).exists()
+    lines = [line for line in done.stderr.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
+    assert len(lines) == 1 and lines[0].startswith(f"{COMMAND[0]}: late.flac: cut "), done.stderr
 
 
 def children(pid):
