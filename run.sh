@@ -171,9 +171,6 @@ if [[ -z $teacher && -n $teacher_dir ]]; then
     echo "$0: --teacher-dir $teacher_dir: say with --teacher which of conf/teacher it is" >&2
     exit 1
 fi
-if [[ -z $teacher && $use_extracted_codebook == false ]]; then
-    check_confs "training a teacher at the scale of $corpus: " teacher-model teacher-training
-fi
 
 # Students that learn from other labels or speech are others; those that the call lists have names of
 # its own.

@@ -207,13 +207,14 @@ class CtcTask:
         device: torch.device,
         mask_inputs: bool,
         speed_factors: Sequence[float] = (1.0,),
+        cache_audio: bool = True,
     ) -> None:
         self.model = teacher
         self.epoch_seconds = sum(c.duration for c in train_cuts)
         self._cuts, self._dev_cuts = train_cuts, dev_cuts
         self._max_duration, self._seed, self._device = max_duration, seed, device
         self._mask_inputs, self._speed_factors = mask_inputs, speed_factors
-        self._cache: dict[str, np.ndarray] = {}
+        self._cache: dict[str, np.ndarray] | None = {} if cache_audio else None
         self._spelling = Spelling(teacher.vocabulary)
         if lacking := self._spelling.lacking(train_cuts):
             name = next(iter(lacking))

@@ -134,6 +134,17 @@ def test_batches_are_those_of_seed_and_epoch(make_task, plain_cuts):
     assert [b.ids for b, _ in task.batches(0, 1)] == orders[0][1:]
 
 
+def test_audio_need_not_be_kept(plain_cuts):
+    teacher = new_hubert(settings(), seed=3)
+    kept, read = (
+        CtcTask(teacher, plain_cuts, {}, 6, 1, CPU, False, cache_audio=cache)
+        for cache in (True, False)
+    )
+    for (one, _), (other, _) in zip(kept.batches(1, 0), read.batches(1, 0), strict=True):
+        assert one.ids == other.ids and torch.equal(one.waveforms_BL, other.waveforms_BL)
+    assert kept._cache.keys() == {cut.id for cut in plain_cuts} and read._cache is None
+
+
 def saying(texts, cuts):
     """Those cuts with other transcripts."""
     return CutSet.from_cuts(
