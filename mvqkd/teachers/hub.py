@@ -61,7 +61,8 @@ def fetch(name: str, revision: str | None = None) -> Path:
 
 
 def fetch_files(name: str, revision: str | None, files: Collection[str]) -> Path:
-    """A folder that holds ``files`` of ``name`` somewhere, downloaded if they are not there.
+    """A folder, called as the commit is, that holds ``files`` of ``name`` somewhere, downloaded if
+    they are not there.
 
     Args:
       revision: a commit, branch or tag; none is the newest.
