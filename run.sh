@@ -38,7 +38,8 @@ train_teacher=false  # train the embedded teacher anew instead of taking the shi
 pretrain_teacher=false  # ... as HuBERT is made: predicting units of masked frames, before CTC
 use_extracted_codebook=false  # take published codebook indexes, see conf/published.yaml
 codebook_dir=""      # a copy of them, instead of the hub
-label_launcher=""    # starts stage 5: "torchrun --nproc-per-node 4 --no-python" for four GPUs, or
+label_launcher=""    # starts stage 5: for four GPUs
+                     # "python3 -m mvqkd.launch --standalone --nproc-per-node 4 --no-python", or
                      # "local/slurm_array.sh 16 --gpus-per-task=1 --" for an array of 16 tasks
 labels=""            # name of the set of labels that is dumped and learned from; mvq where empty,
                      # or published. conf/labels/NAME and egs/CORPUS/conf/labels/NAME hold its
@@ -181,9 +182,6 @@ fi
 if [[ -z $teacher && -n $teacher_dir ]]; then
     echo "$0: --teacher-dir $teacher_dir: say with --teacher which of conf/teacher it is" >&2
     exit 1
-fi
-if [[ -z $teacher && $use_extracted_codebook == false ]]; then
-    check_confs "training a teacher at the scale of $corpus: " teacher-model teacher-training
 fi
 
 # Students that learn from other labels or speech are others; those that the call lists have names of

@@ -49,6 +49,8 @@ class Settings:
     # Each epoch has each utterance at one of these, at random.
     speed_factors: list[float] = field(default_factory=lambda: [1.0])
     max_duration: float = 100
+    # Keep all speech in memory once it has been read (115 MB an hour, and again at each speed).
+    cache_audio: bool = True
     hubert: HubertSettings = field(default_factory=HubertSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
@@ -74,6 +76,7 @@ def main(settings: Settings) -> None:
         device,
         settings.mask_inputs,
         settings.speed_factors,
+        settings.cache_audio,
     )
     claim_for_symbols(settings.work_dir, teacher.vocabulary)
     train(task, settings.training, settings.work_dir, device)

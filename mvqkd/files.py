@@ -12,7 +12,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mvqkd.errors import RecipeError, reason_of
 
@@ -64,15 +64,35 @@ def written_aside(path: Path | str, first_stays: bool = False) -> Iterator[Path]
 
 
 @contextlib.contextmanager
-def locked(path: Path | str) -> Iterator[None]:
+def locked(path: Path | str, stays: bool = True) -> Iterator[None]:
     """Wait for the lock ``path`` and hold it meanwhile; where the file system has no locks, do
-    without."""
+    without.
+
+    Args:
+      stays: whether ``path`` is left; else who held it removes it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    while True:
+        with path.open("w") as file:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not stays and not _is_at(path, file):
+                continue  # removed by who held it: the next to come makes another
+            try:
+                yield
+            finally:
+                if not stays:
+                    path.unlink(missing_ok=True)
+            return
+
+
+def _is_at(path: Path, file: IO) -> bool:
+    """Whether ``path`` still names the open ``file``."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _link(aside: Path, path: Path) -> None:

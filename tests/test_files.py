@@ -4,6 +4,8 @@ import os
 import platform
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -140,10 +142,31 @@ def test_lock_is_held_and_given_back(tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def test_lock_that_does_not_stay_is_held_by_one_at_a_time(tmp_path):
+    path, inside, most = tmp_path / "lock", [], []
+
+    def take():
+        for _ in range(50):
+            with locked(path, stays=False):
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0)
+                inside.pop()
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 200 and set(most) == {1} and list(tmp_path.iterdir()) == []
+
+
 def test_without_locks_of_the_file_system(tmp_path, monkeypatch):
     def flock(*args):
         raise OSError(errno.ENOLCK, "no locks")
 
     monkeypatch.setattr("fcntl.flock", flock)
-    with locked(tmp_path / "lock"):
-        pass
+    for stays in (True, False):
+        with locked(tmp_path / "lock", stays):
+            pass
+        assert (tmp_path / "lock").exists() == stays

@@ -207,3 +207,20 @@ def test_sizes_of_other_published_ones(plan, d_model, nhead, dim_feedforward, pu
     # icefall's pull request 330 to the last one, but for the 6 linear layers that combine what the
     # layers of those give, which the distilled one does without.
     assert ours + 6 * d_model * (d_model + 1) == published
+
+
+def test_teacher_of_ones_own_is_pretrained_and_tuned_as_hubert_base(recipe, corpus, monkeypatch):
+    monkeypatch.chdir(recipe)
+    options = ["--corpus", corpus, "--train-teacher", "true", "--stop-stage", "2"]
+    plan = planned(recipe, *options, "--pretrain-teacher", "true")
+    steps = ["teacher-pretrained-first", "teacher-pretrained", "teacher", "verify-teacher"]
+    assert list(plan)[-4:] == steps
+    ctc = plan["teacher"]
+    assert ctc.init == str(plan["teacher-pretrained"].out_dir)
+    assert values(ctc, "max_duration", "cache_audio", "mask_inputs") == (200, False, True)
+    assert values(ctc.training, "num_epochs", "lr", "warm_share") == (350, 3e-5, 0.1)
+    assert ctc.symbols is None and ctc.speed_factors == [1.0]
+    # From random weights with a larger rate.
+    first, tuned = (planned(recipe, *options)[name] for name in ("teacher-first", "teacher"))
+    assert tuned.init == str(first.out_dir) and first.init is None
+    assert tuned.training.lr < first.training.lr and tuned.training.lr == ctc.training.lr

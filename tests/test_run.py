@@ -306,10 +306,6 @@ def test_help(finished):
         ((*ARGS, "--overlay", "x"), "--overlay x: no such folder"),
         ((*ARGS, "--labels", "n44"), "--labels n44: neither conf/labels nor"),
         ((*ARGS, "--decoding", "odd"), "--decoding odd: conf/decoding/odd.yaml: no such file"),
-        (
-            ("--corpus", "librispeech-100", "--train-teacher", "true"),
-            "conf/teacher-training.yaml: no such file",
-        ),
         ((*ARGS, "--stage", "10"), "--stage 10 --stop-stage 9: no stage is of both"),
         ((*ARGS, "--stage", "3", "--stop-stage", "2"), "no stage is of both; there are 0 to 9"),
         ((*ARGS, "--stage", "-1", "--stop-stage", "-1"), "no stage is of both"),

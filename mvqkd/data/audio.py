@@ -7,14 +7,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import soundfile
 import torch
 from lhotse import CutSet
-from lhotse.cut import MixedCut
+from lhotse.cut import MixedCut, PaddingCut
 from lhotse.dataset import DynamicBucketingSampler
 from lhotse.utils import compute_num_samples
 
 from mvqkd.data import SAMPLE_RATE
 from mvqkd.errors import RecipeError, reason_of
+
+# As soundfile calls them.
+_16_BITS = ("PCM_16", "PCM_S8", "PCM_U8", "ULAW", "ALAW")
 
 
 @dataclass
@@ -41,38 +45,78 @@ def load_audio(cut) -> np.ndarray:
     """Samples (L,) of ``cut`` at 16 kHz, whatever its own sampling rate is.
 
     Raises:
-      RecipeError: the audio is missing or cannot be decoded.
+      RecipeError: the audio is missing, cannot be decoded, or holds samples that are not finite.
     """
     try:
         if cut.sampling_rate != SAMPLE_RATE:
             cut = cut.resample(SAMPLE_RATE)
-        return cut.load_audio()[0]
+        samples_L = cut.load_audio()[0]
     except Exception as error:  # lhotse's backends raise their own kinds
-        # A mixed cut has several recordings; its reason names the one.
-        source = "" if isinstance(cut, MixedCut) else f"{cut.recording.sources[0].source}: "
         raise RecipeError(
-            f"{source}cut {cut.id} cannot be read ({reason_of(error)}); "
+            f"{_told(cut)} cannot be read ({reason_of(error)}); "
             "restore the file, or make the manifests again"
         ) from error
+    if not np.isfinite(samples_L).all():
+        raise RecipeError(
+            f"{_told(cut)} holds samples that are not finite; write the file anew from its "
+            "source, or remove the cut"
+        )
+    return samples_L
+
+
+def _told(cut) -> str:
+    # A mixed cut has several recordings; its reason names the one.
+    source = "" if isinstance(cut, MixedCut) else f"{cut.recording.sources[0].source}: "
+    return f"{source}cut {cut.id}"
 
 
 def _read(cut, cache: dict[str, np.ndarray] | None = None) -> np.ndarray:
-    """16-bit samples (L,), which ``cache`` keeps by cut id."""
+    """Samples (L,) of 16 bits, or float32 where the file has more of them.
+
+    16 bits are no loss of what a file of 16 bits holds, and are kept where its speed or sampling
+    rate is another than the file's, too. What ``cache`` keeps by cut id has always 16 bits, half
+    the memory.
+    """
     samples_L = cache.get(cut.id) if cache is not None else None
     if samples_L is None:
-        samples_L = np.round(load_audio(cut) * 32768).clip(-32768, 32767).astype(np.int16)
+        float_L = load_audio(cut)
+        scaled_L = np.round(float_L * 32768).clip(-32768, 32767)
+        lossless = np.array_equal(scaled_L, float_L * 32768)
+        if not lossless and cache is None and not _has_16_bits(cut):
+            return float_L.astype(np.float32)
+        samples_L = scaled_L.astype(np.int16)
         if cache is not None:
             cache[cut.id] = samples_L
     return samples_L
 
 
+def _has_16_bits(cut) -> bool:
+    """Whether the files of ``cut`` hold samples of at most 16 bits."""
+    parts = [track.cut for track in cut.tracks] if isinstance(cut, MixedCut) else [cut]
+    sources = [
+        source
+        for part in parts
+        if not isinstance(part, PaddingCut)
+        for source in part.recording.sources
+    ]
+    try:
+        return all(
+            s.type == "file" and soundfile.info(s.source).subtype in _16_BITS for s in sources
+        )
+    except soundfile.LibsndfileError:  # of a kind that lhotse reads by other means
+        return False
+
+
 def collate_audio(cuts: CutSet, cache: dict[str, np.ndarray] | None = None) -> AudioBatch:
-    """Load and pad; ``cache`` keeps 16-bit samples by cut id."""
+    """Load and pad; ``cache`` keeps samples of 16 bits by cut id, see `_read`."""
     return _padded(list(cuts), [_read(cut, cache) for cut in cuts])
 
 
 def _padded(cuts: Sequence, samples: Sequence[np.ndarray]) -> AudioBatch:
-    waves = [torch.from_numpy(samples_L).float() / 32768 for samples_L in samples]
+    waves = [
+        wave_L.float() / (1 if wave_L.is_floating_point() else 32768)
+        for wave_L in map(torch.from_numpy, samples)
+    ]
     return AudioBatch(
         ids=[cut.id for cut in cuts],
         waveforms_BL=torch.nn.utils.rnn.pad_sequence(waves, batch_first=True),

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mvqkd.errors import RecipeError, reason_of
-from mvqkd.files import written_aside
+from mvqkd.files import locked, written_aside
 
 BLOCK_BYTES = 1 << 18
 # Answers that another attempt may change; every other 4xx is final.
@@ -59,7 +59,8 @@ def download(
 
     The bytes gather in ``path + ".part"``, from which a later call goes on (HTTP ``Range``); where
     the server does not take ranges, or the file has changed there (``If-Range``), it starts over.
-    A ``path`` that is there already is kept if its checksum is right or none is given.
+    A ``path`` that is there already is kept if its checksum is right or none is given. Several
+    processes may ask for one at once.
 
     Args:
         sha256: expected checksum, 64 hexadecimal digits; None leaves only the length checked.
@@ -76,36 +77,45 @@ def download(
     """
     path = Path(path)
     part, validator = (path.with_name(path.name + end) for end in (".part", ".part.etag"))
+
+    def is_whole() -> bool:
+        return path.is_file() and (sha256 is None or file_sha256(path) == sha256.lower())
+
     try:
-        if path.is_file() and (sha256 is None or file_sha256(path) == sha256.lower()):
+        if is_whole():
             return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        furthest = failures = 0
-        while True:
-            resumed = _size(part) > 0
-            try:
-                _attempt(url, part, validator, timeout, _Meter(path.name, progress), authorization)
-                found = file_sha256(part)
-                if sha256 is None or found == sha256.lower():
-                    break
-                # The first part of a resumed file may come from elsewhere: once, start over.
-                _forget(part, validator)
-                if not resumed:
-                    raise RecipeError(
-                        f"{url}: its SHA-256 is {found}, not {sha256}; check the URL and the "
-                        f"expected checksum, or {remedy}"
+        # Of several processes one fetches it, and the others find it whole.
+        with locked(path.with_name(path.name + ".lock"), stays=False):
+            if is_whole():
+                return path
+            furthest = failures = 0
+            while True:
+                resumed = _size(part) > 0
+                try:
+                    _attempt(
+                        url, part, validator, timeout, _Meter(path.name, progress), authorization
                     )
-            except _BrokenError as error:
-                # What counts is a new byte, not an attempt: a large file over a bad line arrives.
-                failures = 1 if _size(part) > furthest else failures + 1
-                furthest = max(furthest, _size(part))
-                if failures >= attempts:
-                    raise RecipeError(
-                        f"{url}: {error} ({attempts} attempts in a row); {remedy}"
-                    ) from error
-                time.sleep(pause * 2 ** (failures - 1))
-        part.replace(path)
-        _forget(part, validator)
+                    found = file_sha256(part)
+                    if sha256 is None or found == sha256.lower():
+                        break
+                    # The first part of a resumed file may come from elsewhere: once, start over.
+                    _forget(part, validator)
+                    if not resumed:
+                        raise RecipeError(
+                            f"{url}: its SHA-256 is {found}, not {sha256}; check the URL and the "
+                            f"expected checksum, or {remedy}"
+                        )
+                except _BrokenError as error:
+                    # A new byte counts, not an attempt: a large file over a bad line arrives.
+                    failures = 1 if _size(part) > furthest else failures + 1
+                    furthest = max(furthest, _size(part))
+                    if failures >= attempts:
+                        raise RecipeError(
+                            f"{url}: {error} ({attempts} attempts in a row); {remedy}"
+                        ) from error
+                    time.sleep(pause * 2 ** (failures - 1))
+            part.replace(path)
+            _forget(part, validator)
     except urllib.error.HTTPError as error:
         raise RecipeError(f"{url}: the server answers {error.code} {error.reason}; {remedy}") from (
             error

@@ -18,7 +18,7 @@ import json
 import logging
 import math
 import re
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -445,9 +445,14 @@ def dump_labels(cuts: CutSet, out: Path, dumper: Dumper, shard_size: int) -> Cut
       end writes ``out``.
 
     Raises:
-      RecipeError: the folder holds labels made from something else, labels are not what they
-        should be, too many cuts are bad, or the disk is full.
+      RecipeError: a cut is given twice, the folder holds labels made from something else, labels
+        are not what they should be, too many cuts are bad, or the disk is full.
     """
+    ids = [cut.id for cut in cuts]
+    for twice in (name for name, number in Counter(ids).items() if number > 1):
+        raise RecipeError(
+            f"cut {twice}: is there twice; give each cut of the manifest an id of its own"
+        )
     folder = out.parent / SHARDS
     shards = Shards(cuts, folder, shard_size, "labels", joined=out)
     _claim(
@@ -466,7 +471,7 @@ def dump_labels(cuts: CutSet, out: Path, dumper: Dumper, shard_size: int) -> Cut
         if not out.exists():
             raise
         labelled = read_cuts(out)  # written by another process since
-    if [cut.id for cut in labelled] != [cut.id for cut in cuts if cut.id not in bad]:
+    if [cut.id for cut in labelled] != [name for name in ids if name not in bad]:
         raise RecipeError(f"{out}: has not the cuts that were to be labelled; remove it")
     close_cached_file_handles()  # what is read is what is there now
     verify_labels(labelled, dumper.kinds)

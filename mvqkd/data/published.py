@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -90,12 +90,16 @@ def take_labels(
         of another cut, or indexes are not what the settings say.
     """
     names = [settings.manifest.format(part=part) for part in parts]
+    source = folder or _fetched(settings, names)
+    if folder is None:  # of one commit, also where the conf names none, which origins tell
+        settings = replace(settings, revision=source.name)
     published = CutSet.from_cuts(
-        cut for path in _files(settings, names, folder).values() for cut in _published(path)
+        cut for path in _files(settings, names, source).values() for cut in _published(path)
     )
     joined = join_labels(cuts, published)  # before anything large is fetched
     logging.info(f"{len(joined)} cuts matched, of {len(published)} that are published")
-    arrays = _files(settings, sorted({_array_name(cut) for cut in joined}), folder)
+    names = sorted({_array_name(cut) for cut in joined})
+    arrays = _files(settings, names, folder or _fetched(settings, names))
     kept = {name: out.parent / "arrays" / name for name in arrays}
     for name, path in arrays.items():
         with written_aside(kept[name]) as aside:
@@ -108,14 +112,15 @@ def take_labels(
     return labelled
 
 
-def _files(
-    settings: PublishedSettings, names: Collection[str], folder: Path | None
-) -> dict[str, Path]:
-    """By name, wherever in ``folder`` they lie; those of the hub where there is none."""
-    if folder is None:
-        from mvqkd.teachers.hub import fetch_files
+def _fetched(settings: PublishedSettings, names: Collection[str]) -> Path:
+    """A folder with what the hub has of these names, which is called as the commit."""
+    from mvqkd.teachers.hub import fetch_files
 
-        folder = fetch_files(settings.repository, settings.revision, names)
+    return fetch_files(settings.repository, settings.revision, names)
+
+
+def _files(settings: PublishedSettings, names: Collection[str], folder: Path) -> dict[str, Path]:
+    """By name, wherever in ``folder`` they lie."""
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         if path.name in names and path.is_file():

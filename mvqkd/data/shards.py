@@ -70,6 +70,28 @@ class _Sink(io.FileIO):
             return len(buffer)
         return count
 
+    def check(self) -> None:
+        """
+        Raises:
+          OSError: something could not be written.
+        """
+        if self.error is not None:
+            raise self.error
+
+
+@contextlib.contextmanager
+def hdf5_aside(path: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
+    """Give a new HDF5 file, which takes the place of ``path`` on success, and a function that
+    raises what the system has refused to write so far.
+
+    Raises:
+      RecipeError: the disk is full; nothing is left of what was half-written.
+    """
+    with written_aside(path) as aside, contextlib.closing(_Sink(aside, "w+")) as sink:
+        with h5py.File(sink, "w") as file:
+            yield file, sink.check
+        sink.check()
+
 
 class ArrayFile:
     """Arrays of one shard, by key, as lhotse's ``numpy_hdf5`` storage reads them."""
@@ -101,7 +123,7 @@ class ArrayFile:
             num_chunks = -(-len(array) // CHUNK_FRAMES)
             chunks = (-(-len(array) // num_chunks), *array.shape[1:])
         self._file.create_dataset(key, data=array, chunks=chunks, dcpl=layout)
-        self._check()
+        self._sink.check()
 
     def close(self) -> None:
         """
@@ -110,11 +132,7 @@ class ArrayFile:
         """
         self._file.close()
         with contextlib.closing(self._sink):
-            self._check()
-
-    def _check(self) -> None:
-        if self._sink.error is not None:
-            raise self._sink.error
+            self._sink.check()
 
 
 def worker_pool(num_workers: int, tasks_per_child: int | None = None) -> Pool:

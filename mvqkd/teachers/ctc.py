@@ -193,7 +193,8 @@ class CtcTask:
     """Fine-tune ``teacher`` on ``train_cuts``, each epoch at speeds drawn anew.
 
     Raises:
-      RecipeError: a transcript of ``train_cuts`` has a character that is no symbol of the teacher.
+      RecipeError: a transcript of ``train_cuts`` has a character that is no symbol of the teacher;
+        from `batches`, a cut is too short for a frame.
     """
 
     def __init__(
@@ -206,13 +207,14 @@ class CtcTask:
         device: torch.device,
         mask_inputs: bool,
         speed_factors: Sequence[float] = (1.0,),
+        cache_audio: bool = True,
     ) -> None:
         self.model = teacher
         self.epoch_seconds = sum(c.duration for c in train_cuts)
         self._cuts, self._dev_cuts = train_cuts, dev_cuts
         self._max_duration, self._seed, self._device = max_duration, seed, device
         self._mask_inputs, self._speed_factors = mask_inputs, speed_factors
-        self._cache: dict[str, np.ndarray] = {}
+        self._cache: dict[str, np.ndarray] | None = {} if cache_audio else None
         self._spelling = Spelling(teacher.vocabulary)
         if lacking := self._spelling.lacking(train_cuts):
             name = next(iter(lacking))
@@ -227,10 +229,11 @@ class CtcTask:
     def batches(self, epoch: int, start: int) -> Iterator[tuple[AudioBatch, float]]:
         batches = self._cut_batches(epoch, rank(), num_processes())
         for cuts in itertools.islice(batches, start, None):
-            yield collate_audio(cuts, self._cache), sum(c.duration for c in cuts)
+            yield _collated(self.model, cuts, self._cache), sum(c.duration for c in cuts)
 
     def largest_batches(self) -> list[AudioBatch]:
-        return [collate_audio(c, self._cache) for c in largest_batches(self._cut_batches(epoch=1))]
+        largest = largest_batches(self._cut_batches(epoch=1))
+        return [_collated(self.model, cuts, self._cache) for cuts in largest]
 
     def _cut_batches(self, epoch: int, rank: int = 0, num_processes: int = 1) -> Iterator[CutSet]:
         return bucketed_batches(
@@ -286,6 +289,16 @@ class CtcTask:
         return ", ".join(batch.ids)
 
 
+def _collated(
+    teacher: Teacher, cuts: CutSet, cache: dict[str, np.ndarray] | None = None
+) -> AudioBatch:
+    """`collate_audio` of cuts that are all long enough for a frame of ``teacher``."""
+    batch = collate_audio(cuts, cache)
+    for name, length in zip(batch.ids, batch.lengths_B.tolist()):
+        teacher.check_length(f"cut {name}", length)
+    return batch
+
+
 def transcribe_cuts(
     teacher: HubertTeacher, cuts: CutSet, device: torch.device, max_duration: float = 100
 ) -> list[Result]:
@@ -294,12 +307,15 @@ def transcribe_cuts(
     References are in the spelling of the teacher's symbols, see `Spelling`.
 
     Of several processes each transcribes its share, and all get the whole.
+
+    Raises:
+      RecipeError: a cut cannot be read, or is too short for a frame.
     """
     results: list[Result] = []
     spelling = Spelling(teacher.vocabulary)
     batches = bucketed_batches(cuts, max_duration, seed=0, epoch=0)
     for batch_cuts in itertools.islice(batches, rank(), None, num_processes()):
-        batch = collate_audio(batch_cuts)
+        batch = _collated(teacher, batch_cuts)
         texts = teacher.transcribe(batch.waveforms_BL.to(device), batch.lengths_B.to(device))
         for name, reference, text in zip(batch.ids, batch.texts, texts):
             results.append((name, spelling(reference).split(), text.split()))

@@ -18,9 +18,9 @@ from lhotse import CutSet
 
 from mvqkd.data.audio import bucketed_batches, collate_good
 from mvqkd.data.bad_utterances import check_bad, list_bad
+from mvqkd.data.shards import hdf5_aside
 from mvqkd.device import Precision, matrix_dtype
 from mvqkd.errors import RecipeError
-from mvqkd.files import written_aside
 from mvqkd.quantizer.frames import require_finite
 from mvqkd.teachers.base import Teacher
 
@@ -77,7 +77,8 @@ def sample_layers(
       conf: where ``settings`` are set, for messages.
 
     Raises:
-      RecipeError: fewer than two utterances, too many bad ones, or a frame with NaN or infinity.
+      RecipeError: fewer than two utterances, too many bad ones, a frame with NaN or infinity, or
+        the disk is full.
     """
     everything = list(cuts)
     order = np.random.default_rng(settings.seed).permutation(len(everything))
@@ -92,10 +93,8 @@ def sample_layers(
     bad: dict[str, str] = {}
     started, done = time.monotonic(), 0.0
     with contextlib.ExitStack() as stack:
-        files = {
-            layer: stack.enter_context(h5py.File(stack.enter_context(written_aside(out)), "w"))
-            for layer, out in outs.items()
-        }
+        opened = {layer: stack.enter_context(hdf5_aside(out)) for layer, out in outs.items()}
+        files = {layer: file for layer, (file, _) in opened.items()}
         for name, part in (("unseen", chosen[:num_unseen]), ("train", chosen[num_unseen:])):
             for file in files.values():
                 file.create_dataset(
@@ -131,6 +130,8 @@ def sample_layers(
                             embeddings_TD, f"layer {layer} of {teacher.name}", [cut_id], [count]
                         )
                         frames[start : start + count] = embeddings_TD.numpy()
+                for _, check in opened.values():
+                    check()
                 end += sum(frames_B)
                 done += sum(cut.duration for cut in batch_cuts)
             for file in files.values():

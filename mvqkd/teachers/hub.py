@@ -61,7 +61,8 @@ def fetch(name: str, revision: str | None = None) -> Path:
 
 
 def fetch_files(name: str, revision: str | None, files: Collection[str]) -> Path:
-    """A folder that holds ``files`` of ``name`` somewhere, downloaded if they are not there.
+    """A folder, called as the commit is, that holds ``files`` of ``name`` somewhere, downloaded if
+    they are not there.
 
     Args:
       revision: a commit, branch or tag; none is the newest.
@@ -161,13 +162,24 @@ def _download(name: str, commit: str, file: RepoSibling, path: Path) -> None:
         data = path.read_bytes()
         found = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
         if found != file.blob_id:
-            path.unlink()
+            path.unlink(missing_ok=True)  # by another process
             raise RecipeError(
                 f"{url}: its git hash is {found}, not {file.blob_id}; run again, {REMEDY}"
             )
 
 
 def _is_whole(folder: Path) -> bool:
+    """Whether ``folder`` has weights, and the settings without which they would be misunderstood:
+    other tools fetch of a model what they need themselves."""
+    config = folder / "config.json"
+    if not config.exists() or not (folder / "preprocessor_config.json").exists():
+        return False
+    try:
+        kinds = json.loads(config.read_text()).get("architectures") or []
+    except ValueError:  # damaged, as its hash will tell
+        return False
+    if any(kind.endswith("ForCTC") for kind in kinds) and not (folder / "vocab.json").exists():
+        return False
     for first, parts in WEIGHTS:
         if (folder / first).exists():
             shards = json.loads((folder / first).read_text())["weight_map"] if parts else {}

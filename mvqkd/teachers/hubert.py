@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import pickle
 import re
@@ -44,6 +45,12 @@ FAMILIES: dict[str, type[PreTrainedModel]] = {
 }
 # A symbol that fairseq, too, leaves out of transcripts; it stands for nothing that is said.
 END_OF_SENTENCE = "</s>"
+# Names of weights that embeddings follow from, of HuBERT and its kin, and of Whisper's encoder.
+# Others that a model has no place for are of heads, decoders and adapters, and of the mask. (The
+# head for telling speakers has a feature_extractor too, a matrix.)
+_OF_EMBEDDINGS = re.compile(
+    r"(^|\.)(feature_extractor\.conv_layers|feature_projection|encoder)\.|^(layers|conv\d)\."
+)
 
 
 class _GivenStatistics(nn.Module):
@@ -295,7 +302,19 @@ def load_hubert(folder: Path, family: str, name: str) -> HubertTeacher:
     do_normalize = True
     preprocessor = folder / "preprocessor_config.json"
     if preprocessor.exists():
-        do_normalize = read_json(preprocessor, "fetch it again").get("do_normalize", True)
+        options = read_json(preprocessor, "fetch it again")
+        do_normalize = options.get("do_normalize", True)
+        sampling_rate = options.get("sampling_rate", SAMPLE_RATE)
+        if sampling_rate != SAMPLE_RATE:
+            raise RecipeError(
+                f"{preprocessor}: the teacher hears a sampling_rate of {sampling_rate}, and audio "
+                f"has {SAMPLE_RATE} here; give another teacher"
+            )
+    else:
+        logging.warning(
+            f"{folder}: has no preprocessor_config.json; each utterance is normalized to zero mean "
+            'and unit variance, unless you put that file there with {"do_normalize": false}'
+        )
     return HubertTeacher(model, do_normalize, vocabulary, name).eval()
 
 
@@ -340,13 +359,14 @@ def load_pretrained(
 def check_weights(folder: Path, report: dict, may_lack: tuple[str, ...] = ()) -> None:
     """
     Raises:
-      RecipeError: the weights lack something, or hold transformer layers that the model lacks.
+      RecipeError: the weights lack something, or hold something that embeddings would follow from
+        and that the model lacks.
     """
     for key in sorted(report["missing_keys"]):
         if not any(part in key for part in may_lack):
             raise RecipeError(f"{folder}: weights lack {key}; fetch the folder again")
     for key in sorted(report["unexpected_keys"]):
-        if re.search(r"(^|encoder\.)layers\.\d", key):
+        if _OF_EMBEDDINGS.search(key):
             raise RecipeError(
                 f"{folder}: weights hold {key}, for which config.json has no place; fetch the "
                 "folder again"

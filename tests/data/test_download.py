@@ -4,6 +4,8 @@ import gzip
 import hashlib
 import io
 import socket
+import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -32,6 +34,32 @@ def test_whole_file_is_written_once(server, tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["file"]
     fetch(server, path)
     assert len(server.seen) == 1
+
+
+FETCH = """
+import sys
+from mvqkd.data.download import download
+sys.stdin.read(1)  # all at once
+download(*sys.argv[1:], False, pause=0)
+"""
+
+
+def test_several_processes_fetch_one_file(server, tmp_path):
+    """One does, over a connection that breaks, and the others find it whole."""
+    server.cuts, server.cut_at = 3, 200_000
+    command = [sys.executable, "-c", FETCH, server.url, str(tmp_path / "file"), SHA256]
+    started = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)
+    ]
+    for process in started:
+        process.stdin.write(b".")
+        process.stdin.flush()
+    for process in started:
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+    assert (tmp_path / "file").read_bytes() == BODY
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert server.seen == [None, *(f"bytes={n}00000-" for n in (2, 4, 6))]
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -47,20 +47,25 @@ def test_all_speeds_are_matched_and_belong_to_the_corpus(feature_cuts, published
         assert cut.supervisions[0].text == plain.supervisions[0].text and cut.has_features
 
 
-def test_hub_is_asked_for_what_the_manifests_name(feature_cuts, published, tmp_path, monkeypatch):
-    asked = []
+@pytest.mark.parametrize("revision", [None, "main", "a" * 40])
+def test_hub_is_asked_for_what_the_manifests_name(
+    feature_cuts, published, tmp_path, monkeypatch, revision
+):
+    """All of the commit that the manifests are of, which origins tell."""
+    asked, commit = [], "a" * 40
+    (tmp_path / commit).symlink_to(published[0])
 
     def fetch_files(*args):
         asked.append(args)
-        return published[0]
+        return tmp_path / commit
 
     monkeypatch.setattr(hub, "fetch_files", fetch_files)
     some = CutSet.from_cuts(list(feature_cuts)[::2])  # the first job's
-    settings = replace(SETTINGS, revision="a" * 40)
+    settings = replace(SETTINGS, revision=revision)
     labelled = take_labels(some, PARTS, tmp_path / "train.jsonl.gz", settings)
-    names = ("lab/indexes", "a" * 40)
-    assert asked == [(*names, [MANIFEST]), (*names, ["clean-100-1.h5"])]
-    assert labelled[0].custom[ORIGIN_FIELD]["quantizer"] == f"lab/indexes@{'a' * 40}"
+    repository = "lab/indexes"
+    assert asked == [(repository, revision, [MANIFEST]), (repository, commit, ["clean-100-1.h5"])]
+    assert labelled[0].custom[ORIGIN_FIELD]["quantizer"] == f"{repository}@{commit}"
 
 
 def without_a_file(folder):

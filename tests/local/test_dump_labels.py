@@ -1,6 +1,7 @@
 """local/dump_labels.py in many processes: torchrun, a Slurm array, killed and gone on with."""
 
 import os
+import re
 import shutil
 import signal
 import stat
@@ -104,6 +105,8 @@ def test_what_is_left_in_the_end(whole):
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+# The same, whose failures are one line.
+LAUNCH = [sys.executable, "-m", "mvqkd.launch", *TORCHRUN[3:]]
 
 
 def killed_at_the_late_file(job, launcher, num_done):
@@ -148,13 +151,34 @@ def test_killed_under_torchrun_and_ended_by_one_process(job, whole, monkeypatch)
 
 def test_killed_alone_and_ended_by_three_processes(job, whole):
     before = killed_at_the_late_file(job, [sys.executable], LATE_SHARD)
-    done = subprocess.run(
-        [*TORCHRUN, "3", *COMMAND], cwd=job, env=ENVIRONMENT, capture_output=True, text=True
-    )
+    command = [*LAUNCH, "3", "--no-python", sys.executable, *COMMAND]
+    done = subprocess.run(command, cwd=job, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sum(": shard " in line for line in done.stderr.splitlines()) == 6 - LATE_SHARD
     assert written(job) == whole
     assert before.items() <= times_of(job).items()
+
+
+def test_failure_of_processes_that_run_sh_launches_is_one_line(job):
+    """As its option --label-launcher has them."""
+    step = job / "step.sh"
+    step.write_text(
+        f"cd {ROOT} && . local/steps.sh && cd {job}\n"
+        "stamps=stamps exp=exp dry_run=false\n"
+        f'launcher="{" ".join(LAUNCH)} 2 --no-python"\n'
+        f'step labels "" "labels {OUT}" {sys.executable} "$@"\n'
+    )
+    (job / "late.flac").unlink()
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", str(step), *COMMAND],
+        cwd=job,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0 and not (job / OUT).exists()
+    lines = [line for line in done.stderr.splitlines() if not re.match(r"\d\d:\d\d:\d\d ", line)]
+    assert len(lines) == 1 and lines[0].startswith(f"{COMMAND[0]}: late.flac: cut "), done.stderr
 
 
 def children(pid):
@@ -236,6 +260,17 @@ def test_job_that_would_write_other_labels_is_refused(job, whole, monkeypatch):
     with pytest.raises(RecipeError, match="made from cuts 12 of sha256"):
         main(settings())
     assert written(job) == whole
+
+
+@pytest.mark.parametrize("place", [1, 5])  # of two in the first shard, and in another
+def test_cut_that_is_there_twice_is_named(job, monkeypatch, place):
+    monkeypatch.chdir(job)
+    cuts = list(CutSet.from_file("train.jsonl.gz"))
+    cuts[place] = fastcopy(cuts[place], id=cuts[0].id)
+    write_cuts(CutSet.from_cuts(cuts), Path("train.jsonl.gz"))
+    with pytest.raises(RecipeError, match=f"^cut {cuts[0].id}: is there twice; give each cut of"):
+        main(settings())
+    assert not Path("labels").exists()
 
 
 def other_layer(kind):

@@ -134,6 +134,17 @@ def test_batches_are_those_of_seed_and_epoch(make_task, plain_cuts):
     assert [b.ids for b, _ in task.batches(0, 1)] == orders[0][1:]
 
 
+def test_audio_need_not_be_kept(plain_cuts):
+    teacher = new_hubert(settings(), seed=3)
+    kept, read = (
+        CtcTask(teacher, plain_cuts, {}, 6, 1, CPU, False, cache_audio=cache)
+        for cache in (True, False)
+    )
+    for (one, _), (other, _) in zip(kept.batches(1, 0), read.batches(1, 0), strict=True):
+        assert one.ids == other.ids and torch.equal(one.waveforms_BL, other.waveforms_BL)
+    assert kept._cache.keys() == {cut.id for cut in plain_cuts} and read._cache is None
+
+
 def saying(texts, cuts):
     """Those cuts with other transcripts."""
     return CutSet.from_cuts(
@@ -274,6 +285,29 @@ def test_word_error_rate_of_a_perfect_teacher(make_task, plain_cuts, monkeypatch
     assert [name for name, _, _ in results] == sorted(c.id for c in plain_cuts)
     monkeypatch.setattr(task.model, "transcribe", lambda w, n: [""] * len(n))
     assert task.validate() == {"wer-dev": 100.0}
+
+
+def test_cut_that_is_too_short_for_a_frame_is_named(make_task, plain_cuts):
+    cuts = list(plain_cuts)[:3]
+    cuts[1] = cuts[1].truncate(duration=450 / 16000, preserve_id=True)
+    cuts = CutSet.from_cuts(cuts)
+    short = list(cuts)[1].id
+    task = make_task(cuts)
+    list(task.batches(1, 0))
+    transcribe_cuts(task.model, cuts, CPU)
+    said = "samples are shorter than one frame of teacher"
+    with pytest.raises(RecipeError, match=f"^cut {short}_sp1.25: 360 {said}"):
+        list(make_task(cuts, speed_factors=(1.25,)).batches(1, 0))
+    cuts = CutSet.from_cuts(cut.truncate(duration=300 / 16000, preserve_id=True) for cut in cuts)
+    first = f"^cut ({'|'.join(cut.id for cut in cuts)}): 300 {said}"
+    for called in (
+        lambda: list(make_task(cuts).batches(1, 0)),
+        lambda: make_task(cuts).largest_batches(),
+        lambda: transcribe_cuts(task.model, cuts, CPU),
+    ):
+        with pytest.raises(RecipeError, match=first) as caught:
+            called()
+        assert str(caught.value).endswith("; remove it")
 
 
 def test_new_hubert_is_reproducible_and_checked():

@@ -202,6 +202,34 @@ def test_weights_in_several_files(server, files):
     assert asked(server) == [COMMIT, "model-00002-of-00002.safetensors"]
 
 
+@pytest.mark.parametrize("lacking", ["config.json", "preprocessor_config.json", "vocab.json"])
+def test_snapshot_of_another_tool_lacks_settings(server, lacking):
+    folder = hub.fetch("lab/teacher", COMMIT)
+    (folder / lacking).unlink()
+    asked(server)
+    teacher = load_teacher("lab/teacher", COMMIT)
+    assert not teacher.do_normalize and teacher.vocabulary == SYMBOLS
+    assert asked(server) == [COMMIT, lacking]
+    assert hub.fetch("lab/teacher", COMMIT) == folder and asked(server) == []
+
+
+def test_snapshot_with_a_damaged_config(server, files):
+    (hub.fetch("lab/teacher", COMMIT) / "config.json").write_text("{")
+    with pytest.raises(RecipeError, match=r"config\.json: its git hash is .*; run again"):
+        hub.fetch("lab/teacher", COMMIT)
+    folder = hub.fetch("lab/teacher", COMMIT)
+    assert (folder / "config.json").read_bytes() == files["config.json"]
+
+
+def test_model_without_a_head_needs_no_vocabulary(server):
+    config = json.loads(server.files["config.json"])
+    server.files["config.json"] = json.dumps({**config, "architectures": ["HubertModel"]}).encode()
+    del server.files["vocab.json"]
+    folder = hub.fetch("lab/teacher", COMMIT)
+    asked(server)
+    assert hub.fetch("lab/teacher", COMMIT) == folder and asked(server) == []
+
+
 def test_goes_on_where_it_was_cut(server):
     server.cut = "model.safetensors"
     size = len(server.files["model.safetensors"])

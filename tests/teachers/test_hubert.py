@@ -1,15 +1,22 @@
 """HuBERT: embeddings, their independence of the batch, files."""
 
 import json
+import os
+import re
+import resource
+import subprocess
+import sys
 
 import h5py
 import pytest
 import torch
 from lhotse import CutSet
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import HubertForCTC, Wav2Vec2ForCTC, WavLMForCTC
 
 from mvqkd.data.audio import collate_audio
+from mvqkd.data.manifests import write_cuts
 from mvqkd.errors import RecipeError
 from mvqkd.teachers import load_teacher
 from mvqkd.teachers.base import Teacher
@@ -303,6 +310,23 @@ def _set_config(**values):
     return change
 
 
+def _set_preprocessor(**values):
+    def change(folder):
+        path = folder / "preprocessor_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
+
+
+def _more_weights(*names):
+    def change(folder):
+        path = folder / "model.safetensors"
+        weights = load_file(path)
+        save_file({**weights, **{name: torch.zeros(2) for name in names}}, path, {"format": "pt"})
+
+    return change
+
+
 DAMAGES = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
@@ -311,6 +335,19 @@ DAMAGES = {
     "other sizes": (_set_config(intermediate_size=40), "cannot be loaded"),
     "more layers": (_set_config(num_hidden_layers=3), "weights lack"),
     "fewer layers": (_set_config(num_hidden_layers=1), "config.json has no place"),
+    "no bias in the front end": (_set_config(conv_bias=False), "config.json has no place"),
+    "other norm in the front end": (
+        _set_config(feat_extract_norm="group"),
+        "config.json has no place",
+    ),
+    "more in the projection": (
+        _more_weights("hubert.feature_projection.more.bias"),
+        "config.json has no place",
+    ),
+    "more at the positions": (
+        _more_weights("encoder.pos_conv_embed.batch_norm.weight"),
+        "config.json has no place",
+    ),
     "another kind": (_set_config(model_type="bert"), "model_type bert is no teacher"),
     "no kind": (_set_config(model_type=None), "model_type None is no teacher"),
     "many languages": (
@@ -324,6 +361,10 @@ DAMAGES = {
         lambda f: (f / "preprocessor_config.json").write_text(""),
         "preprocessor_config.json: ",
     ),
+    "other sampling rate": (
+        _set_preprocessor(sampling_rate=8000),
+        "the teacher hears a sampling_rate of 8000, and audio has 16000 here; give another",
+    ),
 }
 
 
@@ -335,6 +376,37 @@ def test_folder_that_cannot_be_loaded(teacher, tmp_path, damage, cause):
         load_teacher(tmp_path)
     message = str(caught.value)
     assert message.startswith(str(tmp_path)) and cause in message and "\n" not in message
+
+
+def test_folder_without_a_preprocessor_is_told_of(teacher, tmp_path, caplog):
+    teacher.save(tmp_path)
+    load_teacher(tmp_path)
+    assert not caplog.records
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert load_teacher(tmp_path).do_normalize
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"{tmp_path}: has no preprocessor_config.json; each utterance is normalized to zero mean "
+        'and unit variance, unless you put that file there with {"do_normalize": false}'
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_embeddings_do_not_need(kind, tmp_path):
+    """Of heads, adapters and decoders, and of the mask, for which config.json has no place."""
+    model = new_model(kind)
+    teacher = HubertTeacher(model, False, list(SYMBOLS)).eval()
+    teacher.save(tmp_path)
+    prefix = model.base_model_prefix
+    _more_weights(
+        *("quantizer.codevectors", "project_hid.weight", "project_q.bias", "final_proj.weight"),
+        *("projector.weight", "classifier.bias", "layer_weights", "objective.weight"),
+        *("feature_extractor.weight", "feature_extractor.bias", "tdnn.0.kernel.weight"),
+        *(f"{prefix}.adapter.layers.0.conv.weight", f"{prefix}.masked_spec_embed"),
+        "decoder.layers.0.encoder_attn.k_proj.bias",
+    )(tmp_path)
+    loaded, batch = load_teacher(tmp_path), waveforms(8000)
+    torch.testing.assert_close(loaded.embed(*batch, 2)[0], teacher.embed(*batch, 2)[0])
 
 
 def test_empty_folder(tmp_path):
@@ -410,6 +482,29 @@ def test_sample_of_embeddings(plain_cuts, teacher, tmp_path):
         pass
     with pytest.raises(RecipeError, match=r"sample\.num_utterances: .* fewer than 2"):
         sample_embeddings(plain_cuts, teacher, 2, out, SampleSettings(num_utterances=1), CPU)
+
+
+def test_full_disk_within_a_sample_is_one_line(plain_cuts, teacher, tmp_path):
+    teacher.save(tmp_path / "teacher")
+    write_cuts(plain_cuts, tmp_path / "train.jsonl.gz")
+    command = [sys.executable, str(ROOT / "local/sample_embeddings.py"), "--layer", "2"]
+    command += ["--teacher", "teacher", "--train_manifest", "train.jsonl.gz"]
+    command += ["--out", "sample/a.h5", "--device", "cpu", "--sample.max_duration", "10"]
+    for limit in (3000, 100_000):
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit,) * 2),
+        )
+        lines = done.stderr.splitlines()
+        assert [line for line in lines if not re.match(r"\d\d:\d\d:\d\d ", line)] == [
+            f"{command[1]}: sample/a.h5: cannot be written (File too large); make room on that "
+            "disk and start again: what is done is kept"
+        ]
+        assert done.returncode == 1 and list((tmp_path / "sample").iterdir()) == []
 
 
 def test_a_frame_of_the_sample_that_is_not_finite_is_named(
