@@ -27,7 +27,7 @@ from mvqkd.teachers.units import FIELD, KMeansSettings, UnitSettings
 from mvqkd.training.loop import TrainingSettings
 from tests.conftest import ROOT, tiny_hubert
 from tests.recipe_copy import begun_steps, copy_checkout
-from tests.training.test_processes import in_two_processes
+from tests.training.test_processes import in_processes
 
 NAMES = ("first", "alone")
 TRAINING = TrainingSettings(num_epochs=1, optimizer="adamw", lr=1e-3, log_every_steps=1)
@@ -145,7 +145,7 @@ def test_a_broken_file_is_left_out(manifests, tmp_path):
 
 
 def test_two_processes_share_the_work(manifests, tmp_path):
-    in_two_processes(tmp_path, main, settings_of(manifests, tmp_path, "first"))
+    in_processes(2, tmp_path, main, settings_of(manifests, tmp_path, "first"))
     main(settings_of(manifests, tmp_path, "alone"))
     shared, alone = (read_cuts(tmp_path / f"{n}-training/units/labels.jsonl.gz") for n in NAMES)
     for ours, theirs in zip(shared, alone):
