@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -243,7 +244,7 @@ def label_units(
     cuts = CutSet.from_cuts([*train_cuts, *dev_cuts])
     ids = [cut.id for cut in cuts]
     if len(set(ids)) < len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
+        twice = next(name for name, number in Counter(ids).items() if number > 1)
         raise RecipeError(f"cut {twice}: is there twice; name each manifest once")
     path = folder / "centroids.pt"
     made_from = {
