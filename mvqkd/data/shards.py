@@ -12,13 +12,10 @@ import contextlib
 import fcntl
 import io
 import logging
-import multiprocessing
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from multiprocessing.pool import Pool
 from pathlib import Path
 
 import h5py
@@ -26,6 +23,7 @@ import numpy as np
 from lhotse import CutSet
 
 from mvqkd.data.manifests import write_cuts
+from mvqkd.data.workers import map_in_processes
 from mvqkd.errors import RecipeError, reason_of
 from mvqkd.files import written_aside
 
@@ -133,20 +131,6 @@ class ArrayFile:
         self._file.close()
         with contextlib.closing(self._sink):
             self._sink.check()
-
-
-def worker_pool(num_workers: int, tasks_per_child: int | None = None) -> Pool:
-    """Forked processes that end at once on SIGTERM, with which a pool ends them.
-
-    A Python handler, as entry scripts set one, would not do: a signal that comes just before
-    the worker waits for its next task is seen after it, that is, never.
-    """
-    return multiprocessing.get_context("fork").Pool(
-        num_workers,
-        initializer=signal.signal,
-        initargs=(signal.SIGTERM, signal.SIG_DFL),
-        maxtasksperchild=tasks_per_child,
-    )
 
 
 def place_in_job(env: dict[str, str] | None = None) -> tuple[int, int]:
@@ -261,13 +245,12 @@ class Shards:
         left = self._left()
         progress = _Progress(self._what, left)
         do_shard = partial(_do_shard, process)
-        pool = worker_pool(num_workers) if num_workers > 0 else None
-        try:
-            for seconds in pool.imap(do_shard, left) if pool else map(do_shard, left):
-                progress.add(seconds)
-        finally:
-            if pool:
-                pool.terminate()
+        if num_workers > 0:
+            seconds_of_shards = map_in_processes(do_shard, left, num_workers)
+        else:
+            seconds_of_shards = map(do_shard, left)
+        for seconds in seconds_of_shards:
+            progress.add(seconds)
 
     def share(self, process: Process) -> bool:
         """``process`` shards that no other process has in hand, until none is left.

@@ -22,7 +22,7 @@ import soundfile
 from scipy.signal import fftconvolve, lfilter, resample_poly
 
 from mvqkd.data import SAMPLE_RATE
-from mvqkd.data.shards import worker_pool
+from mvqkd.data.workers import map_in_processes
 from mvqkd.errors import RecipeError
 
 # From speak_lib.h.
@@ -254,8 +254,8 @@ def synthesize_speakers(
     The bytes do not depend on ``num_workers``. Yields (speaker id, seconds of
     speech) as speakers are done, in the order given.
     """
-    with worker_pool(num_workers, tasks_per_child=1) as pool:
-        yield from pool.imap(_synthesize_speaker, [(s, grammar, root) for s in speakers], 1)
+    jobs = [(speaker, grammar, root) for speaker in speakers]
+    yield from map_in_processes(_synthesize_speaker, jobs, num_workers)
     write_speakers_table(root, [(s.id, s.part, s.seconds, s.voice) for s in speakers])
 
 
