@@ -166,6 +166,8 @@ def bucketed_batches(
     with warnings.catch_warnings():
         # Of cuts in memory, which these are meant to be.
         warnings.filterwarnings("ignore", message=".*eagerly read CutSet")
+        # Of the mean of no bounds, where a few cuts all fall into one bucket.
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="numpy")
         sampler = DynamicBucketingSampler(
             cuts,
             max_duration=max_duration,
@@ -175,8 +177,9 @@ def bucketed_batches(
             rank=rank,
             world_size=num_processes,
         )
-    sampler.set_epoch(epoch)
-    return iter(sampler)
+        sampler.set_epoch(epoch)
+        # A sampler is its own iterator: at each `iter` it begins anew, and warns anew.
+        return (batch for batch in sampler)
 
 
 def largest_batches(batches: Iterable[CutSet]) -> list[CutSet]:
