@@ -3,28 +3,15 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
-import yaml
 from lhotse import CutSet
 
-from egs.mini.make_corpus import PartSettings, Settings, main
-from mvqkd.data.synthesis import GrammarSettings
 from mvqkd.teachers.ctc import SYMBOLS
 from mvqkd.teachers.hubert import HubertTeacher
 from tests.conftest import tiny_hubert
-from tests.recipe_copy import ROOT, begun_steps, copy_checkout, files_under, run_sh
+from tests.librispeech_tree import make_tree, write_confs
+from tests.recipe_copy import begun_steps, copy_checkout, files_under, run_sh
 
-PARTS = {
-    "train-clean-100": PartSettings("train", ["f1", "m1"], 2, 0.4),
-    "train-clean-360": PartSettings("train", ["m6"], 1, 0.08),
-    "train-other-500": PartSettings("train", ["klatt"], 1, 0.08, adverse=True),
-    "dev-clean": PartSettings("dev", ["f4"], 1, 0.08),
-    "dev-other": PartSettings("dev", ["klatt5"], 1, 0.08, adverse=True),
-    "test-clean": PartSettings("test", ["f2"], 1, 0.08),
-    "test-other": PartSettings("test", ["klatt3"], 1, 0.08, adverse=True),
-}
 STUDENTS = ["none", "streaming-mvq"]
 UNTRANSCRIBED = "data/librispeech-100/untranscribed"
 # What makes it small. All else is as published: speeds, 8 bytes a frame, layer 36 into layer 6.
@@ -66,20 +53,8 @@ OVERLAY = {
 def call(tmp_path_factory):
     """The folder of what a call needs, the checkout among it, and the call's options."""
     folder = tmp_path_factory.mktemp("librispeech")
-    confs = [ROOT / f"egs/mini/conf/{name}" for name in ("corpus.yaml", "smoke/corpus.yaml")]
-    whole, small = (yaml.safe_load(conf.read_text()) for conf in confs)
-    grammar = GrammarSettings(**{**whole["grammar"], **small["grammar"]})
-    tree = folder / "copy/LibriSpeech"
-    main(Settings(tree, grammar, whole["accents"], PARTS, num_workers=1))
-    rng = np.random.default_rng(1)
-    for name in ("music/fma/music-0000", "noise/free-sound/noise-0000"):
-        path = folder / f"musan/{name}.wav"
-        path.parent.mkdir(parents=True)
-        soundfile.write(path, 0.1 * rng.standard_normal(12 * 16000), 16000)
-    for name, values in OVERLAY.items():
-        path = folder / f"small/{name}.yaml"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(yaml.safe_dump(values))
+    make_tree(folder, minutes=0.4, full_grammar=False)
+    write_confs(folder / "small", OVERLAY)
     model = tiny_hubert(num_hidden_layers=48, hidden_size=16, intermediate_size=16)
     HubertTeacher(model, True, list(SYMBOLS), "tiny").save(folder / "teacher")
     copy_checkout(folder / "recipe")
@@ -149,8 +124,8 @@ def test_960_hours_are_all_training_parts(call, monkeypatch):
     assert done.returncode == 0, done.stderr[-4000:]
     monkeypatch.chdir(folder / "recipe")  # manifests name files from there
     labelled = CutSet.from_file("data/librispeech-960/labels/mvq/train.jsonl.gz").to_eager()
-    parts = [part for part in PARTS if part.startswith("train")]
-    said = [utterances(folder / "copy/LibriSpeech" / part) for part in parts]
+    said = [utterances(part) for part in (folder / "copy/LibriSpeech").glob("train-*")]
+    assert len(said) == 3
     recordings = {cut.recording_id.split("_sp")[0] for cut in labelled}
     assert recordings == {name for of_part in said for name in of_part}
     assert len(labelled) == 3 * len(recordings)
