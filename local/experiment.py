@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mvqkd import cli
@@ -28,13 +28,16 @@ from mvqkd.experiments.grid import (
     students_of,
     write_confs,
 )
+from mvqkd.experiments.plan import PlannedStep
 from mvqkd.experiments.runner import (
     Calls,
+    Estimate,
     check_recipe,
     estimate,
     plans_of,
     run_grid,
     state_of,
+    with_done_since,
 )
 from mvqkd.files import locked
 from mvqkd.report.confs import digest_of
@@ -103,9 +106,12 @@ def main(settings: Settings) -> None:
     _, num_processes = place_in_job()
     plans = plans_of(settings, places, settings)
     costs = costs_of(settings)
-    left = estimate(
-        settings, places, settings.num_jobs * num_processes, plans, costs, device_of(settings)
-    )
+
+    def estimate_of(plans: Mapping[str, Sequence[PlannedStep]]) -> Estimate:
+        num_at_once = settings.num_jobs * num_processes
+        return estimate(settings, places, num_at_once, plans, costs, device_of(settings))
+
+    left = estimate_of(plans)
     total = len(students_of(settings))
     logging.info(f"{settings.name}: {left.in_words(total, costs.measured)}")
     if left.out_of_date:
@@ -117,13 +123,13 @@ def main(settings: Settings) -> None:
     out_of_date = {student.name: state_of(places, student) for student in left.out_of_date}
     confs = {name: digest_of(steps) for name, steps in plans.items()}
     calls = Calls(settings, places, settings, places.exp / "grids" / settings.name / "logs")
-    failed = run_grid(
-        settings,
-        places,
-        calls,
-        settings.num_jobs,
-        lambda: write_results(settings, places, out_of_date, confs),
-    )
+
+    def when_done() -> None:
+        write_results(settings, places, out_of_date, confs)
+        now = estimate_of(with_done_since(settings, places, plans, out_of_date))
+        logging.info(f"{settings.name}: {now.progress(total)}")
+
+    failed = run_grid(settings, places, calls, settings.num_jobs, when_done)
     write_results(settings, places, out_of_date, confs)
     logging.info(f"{settings.name}: results in {places.results(settings)}")
     if failed:

@@ -143,6 +143,7 @@ def test_grid_of_two_students(copy):
     done = call()
     assert done.returncode == 0, done.stderr
     assert "smoke: 0 of 2 students are done; the other 2 will take 0 h 0" in done.stderr
+    assert "smoke: 1 of 2 students are done, about 0 h 0" in done.stderr
     results = json.loads((copy / "exp/mini-smoke/grids/smoke/results.json").read_text())
     assert results["grid"]["run"] == "mini-smoke"
     none, mvq = results["grid"]["cells"]

@@ -11,7 +11,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
@@ -89,6 +89,30 @@ def plans_of(
     return plans
 
 
+def with_done_since(
+    grid: GridSettings,
+    places: Places,
+    plans: Mapping[str, Sequence[PlannedStep]],
+    before: Mapping[str, str | None],
+) -> dict[str, list[PlannedStep]]:
+    """``plans``, in which the steps are done of students that have been trained since, by whichever
+    process.
+
+    Args:
+      before: by name, the states of students that had been trained with other confs.
+    """
+    done = {
+        step.name
+        for student in students_of(grid)
+        if state_of(places, student) not in (None, before.get(student.name))
+        for step in plans[student.name]
+    }
+    return {
+        name: [replace(step, done=step.done or step.name in done) for step in steps]
+        for name, steps in plans.items()
+    }
+
+
 def _step_seconds(places: Places, step: str) -> float | None:
     path = places.exp / "stamps" / f"{step}.seconds"
     return float(path.read_text()) if path.exists() else None
@@ -140,6 +164,17 @@ class Estimate:
     unknown_time: list[str]
     unknown_disk: list[str]
 
+    @staticmethod
+    def _hours(seconds: float) -> str:
+        hours, minutes = divmod(round(seconds / 60), 60)
+        return f"{hours} h {minutes:02d} min"
+
+    def progress(self, total: int) -> str:
+        text = f"{total - len(self.left)} of {total} students are done"
+        if self.left and self.seconds is not None:
+            text += f", about {self._hours(self.seconds)} left"
+        return text
+
     def in_words(self, total: int, rates_from: str) -> str:
         text = f"{total - len(self.left)} of {total} students are done"
         if not self.left:
@@ -150,11 +185,10 @@ class Estimate:
         if self.seconds is None:
             text += f"; the time of {others}: {NOT_MEASURED}"
         else:
-            hours, minutes = divmod(round(self.seconds / 60), 60)
             basis = f"{self.num_measured} of them by times measured here"
             if self.num_measured < len(self.left):
                 basis += f", the others by rates of {rates_from}"
-            text += f"; {others} will take {hours} h {minutes:02d} min ({basis})"
+            text += f"; {others} will take {self._hours(self.seconds)} ({basis})"
             if self.unknown_time:
                 text += f", without {', '.join(self.unknown_time)}: {NOT_MEASURED}"
         text += f"; disk: {' and '.join(disk.in_words() for disk in self.disks)}"

@@ -31,6 +31,7 @@ from mvqkd.experiments.runner import (
     run_grid,
     state_of,
     threads_each,
+    with_done_since,
 )
 from mvqkd.report.confs import digest_of, grid_digests
 from mvqkd.report.costs import CostSettings
@@ -232,6 +233,33 @@ def test_says_how_long_it_takes(recipe):
     (recipe / "exp/toy/none-seed1/log.jsonl").write_text('{"seconds": 100}\n{"seco')
     with pytest.raises(RecipeError, match=r"none-seed1/log\.jsonl: .* remove .*student-none-seed1"):
         planned(grid)
+
+
+def test_what_is_left_shrinks_with_each_student(recipe):
+    grid = grid_of(recipe)
+    places = places_of(grid)
+    write_confs(grid, places)
+    costs = cli.parse(CostSettings, ["--config", "conf/costs.yaml"])[0]
+    (recipe / "broken-mvq-seed2").touch()
+    run(grid)
+    # One that was trained with other confs is not done before it has been trained anew.
+    stamp = recipe / "exp/toy/stamps/decode-mvq-seed1"
+    stamp.write_text("of other confs\n")
+    before = {"mvq-seed1": state_of(places, students_of(grid)[1])}
+    plans = {name: [replace(s, done=False) for s in steps]
+             for name, steps in plans_of(grid, places, CPU).items()}  # fmt: skip
+
+    def told():
+        now = with_done_since(grid, places, plans, before)
+        return estimate(grid, places, 1, now, costs).progress(6)
+
+    # 100 s of training and 10 of decoding as measured, the labels are there.
+    assert told() == "4 of 6 students are done, about 0 h 04 min left"
+    stamp.write_text("of these\n")
+    assert told() == "5 of 6 students are done, about 0 h 02 min left"
+    (recipe / "broken-mvq-seed2").unlink()
+    run(grid)
+    assert told() == "6 of 6 students are done"
 
 
 def test_times_of_like_students_count_epochs(recipe):
