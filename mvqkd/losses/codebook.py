@@ -21,23 +21,77 @@ _CHUNK_LOGITS = {"cpu": 2**20, "cuda": 2**26}
 _JOINT_ENTRIES = ("linear1.weight", "linear1.bias", "codebook_embedding.weight", "linear2_weight")
 
 
-class _IndependentLoss(torch.autograd.Function):
+class _Joint:
+    """What the codebooks before a codebook add to its logits, of some frames at a time.
+
+    Frames come second in memory, so that what a codebook needs lies together.
+    """
+
+    def __init__(
+        self,
+        parameters: tuple[Tensor, Tensor, Tensor, Tensor],
+        matmul_dtype: torch.dtype,
+        needs_grad: bool,
+    ) -> None:
+        weight_HC, self._bias_H, self._embedding_EH, weight_NKH = map(Tensor.detach, parameters)
+        self._weight_HC = weight_HC.to(matmul_dtype)
+        self._weight_NKH = weight_NKH.to(matmul_dtype)
+        self._dtype = matmul_dtype
+        N, K, H = weight_NKH.shape
+        self._scale = 0.5 * (H / N) ** 0.5
+        self._first_entry_N = torch.arange(0, (N - 1) * K, K, device=weight_NKH.device)
+        if needs_grad:
+            self.grads = [torch.zeros_like(one, dtype=torch.float32) for one in parameters]
+
+    def logits(self, x_BC: Tensor, indexes_BN: Tensor) -> Tensor:
+        """(N, B, K)"""
+        self._entries_NB = (indexes_BN[:, :-1] + self._first_entry_N).t()
+        first_BH = torch.mm(x_BC, self._weight_HC.t()).float().add_(self._bias_H)
+        hidden_NBH = first_BH.new_empty(indexes_BN.shape[1], *first_BH.shape)
+        hidden_NBH[0] = first_BH
+        for n, entries_B in enumerate(self._entries_NB, start=1):
+            previous_BH = F.embedding(entries_B, self._embedding_EH)
+            torch.add(hidden_NBH[n - 1], previous_BH, alpha=self._scale, out=hidden_NBH[n])
+        self._hidden_NBH = hidden_NBH.relu_().to(self._dtype)
+        return torch.bmm(self._hidden_NBH, self._weight_NKH.mT)
+
+    def add_grads(self, x_BC: Tensor, grad_BNK: Tensor) -> Tensor:
+        """Of the frames whose logits were asked for last; gives that of ``x_BC``."""
+        grad_weight_HC, grad_bias_H, grad_embedding_EH, grad_weight_NKH = self.grads
+        grad_NBK = grad_BNK.transpose(0, 1)
+        grad_weight_NKH += torch.bmm(grad_NBK.mT, self._hidden_NBH)
+        grad_NBH = torch.bmm(grad_NBK, self._weight_NKH).float()
+        grad_NBH.mul_(self._hidden_NBH > 0)
+        # A codebook's embedding is in the sums of all codebooks after it.
+        for n in range(len(grad_NBH) - 1, 0, -1):
+            grad_NBH[n - 1] += grad_NBH[n]
+            grad_embedding_EH.index_add_(0, self._entries_NB[n - 1], grad_NBH[n], alpha=self._scale)
+        grad_bias_H += grad_NBH[0].sum(dim=0)
+        grad_BH = grad_NBH[0].to(self._dtype)
+        grad_weight_HC += torch.mm(grad_BH.t(), x_BC)
+        return torch.mm(grad_BH, self._weight_HC)
+
+
+class _CodebookLoss(torch.autograd.Function):
     """Sum over frames and codebooks of the cross-entropy of a linear layer's logits, and how
     often each codebook's index was the most probable one, which costs nothing here.
 
     The gradients are made together with the loss, chunk by chunk, so that no logits are kept
     for backward, nor computed twice. An index out of range (``weight`` 0 there) has no part.
+
+    ``joint`` is nothing, or the parameters of the joint form.
     """
 
     @staticmethod
     def forward(
         ctx,
+        grad_enabled: bool,
+        indexes_BN: Tensor,
+        keep_BN: Tensor,
         x_BC: Tensor,
         weight_NKC: Tensor,
         bias_NK: Tensor,
-        indexes_BN: Tensor,
-        keep_BN: Tensor,
-        grad_enabled: bool,
+        *joint: Tensor,
     ) -> tuple[Tensor, Tensor]:
         N, K, C = weight_NKC.shape
         weight = weight_NKC.detach().reshape(N * K, C)
@@ -46,10 +100,11 @@ class _IndependentLoss(torch.autograd.Function):
         if torch.is_autocast_enabled(x_BC.device.type):
             matmul_dtype = torch.get_autocast_dtype(x_BC.device.type)
         # Gradients are off in here, and what the inputs need does not depend on the caller's.
-        needs_grad = grad_enabled and any(ctx.needs_input_grad[:3])
+        needs_grad = grad_enabled and any(ctx.needs_input_grad)
         loss = torch.zeros((), device=x_BC.device, dtype=torch.float32)
         hits_N = torch.zeros(N, device=x_BC.device, dtype=torch.float32)
         with torch.autocast(x_BC.device.type, enabled=False):
+            before = _Joint(joint, matmul_dtype, needs_grad) if joint else None
             weight = weight.to(matmul_dtype)
             if needs_grad:
                 grad_x = torch.empty_like(x_BC)
@@ -62,6 +117,8 @@ class _IndependentLoss(torch.autograd.Function):
                 x = x_BC[part].detach().to(matmul_dtype)
                 indexes, keep = indexes_BN[part].unsqueeze(2), keep_BN[part]
                 logits = torch.mm(x, weight.t()).float().add_(bias).view(-1, N, K)
+                if before:
+                    logits += before.logits(x, indexes_BN[part]).transpose(0, 1)
                 logits -= logits.amax(dim=2, keepdim=True)
                 chosen = logits.gather(2, indexes).squeeze(2)
                 hits_N += ((chosen == 0) * keep).sum(dim=0)
@@ -75,31 +132,24 @@ class _IndependentLoss(torch.autograd.Function):
                     grad_bias += grad.sum(dim=0)
                     grad = grad.to(matmul_dtype)
                     grad_x[part] = torch.mm(grad, weight)
+                    if before:
+                        grad_x[part] += before.add_grads(x, grad.view(-1, N, K))
                     if matmul_dtype == torch.float32:
                         grad_weight.addmm_(grad.t(), x)
                     else:
                         grad_weight += torch.mm(grad.t(), x)
         if needs_grad:
-            ctx.save_for_backward(
-                grad_x,
-                grad_weight.view(N, K, C).to(weight_NKC.dtype),
-                grad_bias.view(N, K).to(bias_NK.dtype),
-            )
+            grads = [grad_x, grad_weight.view(N, K, C), grad_bias.view(N, K)]
+            inputs = [x_BC, weight_NKC, bias_NK, *joint]
+            grads += before.grads if before else []
+            ctx.save_for_backward(*(grad.to(one.dtype) for grad, one in zip(grads, inputs)))
         ctx.mark_non_differentiable(hits_N)
         return loss, hits_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss: Tensor, _: Tensor | None):
-        grad_x, grad_weight, grad_bias = ctx.saved_tensors
-        return (
-            grad_x * grad_loss.to(grad_x.dtype),
-            grad_weight * grad_loss.to(grad_weight.dtype),
-            grad_bias * grad_loss.to(grad_bias.dtype),
-            None,
-            None,
-            None,
-        )
+        return None, None, None, *(one * grad_loss.to(one.dtype) for one in ctx.saved_tensors)
 
 
 class JointCodebookLoss(nn.Module):
@@ -116,8 +166,8 @@ class JointCodebookLoss(nn.Module):
         it, through an embedding, a running sum and a ReLU. The published results are with False,
         which leaves the parameters of that path out: without gradient they would only be decayed,
         saved and sent around. The peer's files load all the same.
-      checkpoint: in the joint form, compute the activations again in backward instead of keeping
-        them. The independent form keeps none in any case.
+      checkpoint: with reduction "none", compute the activations again in backward instead of
+        keeping them. With another none are kept in any case.
     """
 
     def __init__(
@@ -164,7 +214,7 @@ class JointCodebookLoss(nn.Module):
             the CPU).
         """
         x_BC, indexes_BN = self._flatten(predictor, codebook_indexes)
-        if self.is_joint or self.reduction == "none":
+        if self.reduction == "none":
             if self.checkpoint and torch.is_grad_enabled():
                 logits_BNK = checkpoint_activations(
                     self._logits, x_BC, indexes_BN, use_reentrant=False
@@ -177,17 +227,17 @@ class JointCodebookLoss(nn.Module):
                 ignore_index=self.ignore_index,
                 reduction=self.reduction,
             )
-        return self._independent_loss(x_BC, indexes_BN)[0]
+        return self._loss_and_accuracy(x_BC, indexes_BN)[0]
 
     def loss_and_accuracy(
         self, predictor: Tensor, codebook_indexes: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What ``forward`` and ``accuracy`` give; in the independent form for the price of one."""
-        if self.is_joint or self.reduction == "none":
+        """What ``forward`` and ``accuracy`` give; with a reduction, for the price of one."""
+        if self.reduction == "none":
             return self(predictor, codebook_indexes), self.accuracy(predictor, codebook_indexes)
-        return self._independent_loss(*self._flatten(predictor, codebook_indexes))
+        return self._loss_and_accuracy(*self._flatten(predictor, codebook_indexes))
 
-    def _independent_loss(self, x_BC: Tensor, indexes_BN: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss_and_accuracy(self, x_BC: Tensor, indexes_BN: Tensor) -> tuple[Tensor, Tensor]:
         keep_BN = indexes_BN != self.ignore_index
         if not x_BC.is_cuda:
             # Frames that do not count cost nothing. On a GPU their number is not known without
@@ -195,13 +245,18 @@ class JointCodebookLoss(nn.Module):
             frames = keep_BN.any(dim=1)
             if not bool(frames.all()):
                 x_BC, indexes_BN, keep_BN = x_BC[frames], indexes_BN[frames], keep_BN[frames]
-        loss, hits_N = _IndependentLoss.apply(
+        joint = ()
+        if self.is_joint:
+            joint = (self.linear1.weight, self.linear1.bias)
+            joint += (self.codebook_embedding.weight, self.linear2_weight)
+        loss, hits_N = _CodebookLoss.apply(
+            torch.is_grad_enabled(),
+            indexes_BN.masked_fill(~keep_BN, 0),
+            keep_BN.float(),
             x_BC,
             self.linear2b_weight,
             self.linear2_bias,
-            indexes_BN.masked_fill(~keep_BN, 0),
-            keep_BN.float(),
-            torch.is_grad_enabled(),
+            *joint,
         )
         accuracy_N = hits_N / keep_BN.sum(dim=0).clamp(min=1)
         return (loss / keep_BN.sum() if self.reduction == "mean" else loss), accuracy_N

@@ -77,15 +77,17 @@ def test_independent_form_has_only_what_it_uses():
     assert incompatible.unexpected_keys == []
 
 
-def test_chunks_do_not_change_the_result(monkeypatch):
-    ours, peer = _pair(is_joint=False)
+@pytest.mark.parametrize("is_joint", [False, True])
+def test_chunks_do_not_change_the_result(monkeypatch, is_joint):
+    ours, peer = _pair(is_joint)
     x, indexes = _batch()
     monkeypatch.setattr("mvqkd.losses.codebook._CHUNK_LOGITS", {"cpu": 4 * N * K, "cuda": 1})
     x_leaf = x.clone().requires_grad_()
     ours(x_leaf, indexes).backward()
     peer(x, indexes).backward()
-    _close(ours.linear2b_weight.grad, peer.linear2b_weight.grad)
-    _close(ours.linear2_bias.grad, peer.linear2_bias.grad)
+    of_peer = dict(peer.named_parameters())
+    for name, parameter in ours.named_parameters():
+        _close(parameter.grad, of_peer[name].grad)
     assert torch.equal(x_leaf.grad[1, 5:], torch.zeros(4, C))
 
 
@@ -96,16 +98,17 @@ def test_single_ignored_indexes_and_extreme_logits():
     _close(ours(100 * x, indexes), peer(100 * x, indexes))
 
 
-def test_no_logits_are_kept_for_backward():
-    ours, _ = _pair(is_joint=False, num_codebooks=8, codebook_size=256)
+@pytest.mark.parametrize("is_joint, largest", [(False, 8 * 256 * C), (True, 8 * 256 * H)])
+def test_no_logits_are_kept_for_backward(is_joint, largest):
+    ours, _ = _pair(is_joint, num_codebooks=8, codebook_size=256)
     x, indexes = _batch(num_codebooks=8, codebook_size=256)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: (saved.append(t.numel()), t)[1], lambda t: t
     ):
         ours(x.requires_grad_(), indexes)
-    # The gradients themselves: of the weight, the bias and the frames that count.
-    assert max(saved) == 8 * 256 * C
+    # The gradients themselves: of the weights, the biases and the frames that count.
+    assert max(saved) == largest
 
 
 # Of the three products in training, one adds in place, which the counter does not see.
@@ -130,14 +133,23 @@ def test_one_codebook_and_no_frame_that_counts():
     assert torch.equal(x.grad, torch.zeros(2, C))
 
 
-def test_autocast_gives_a_finite_float32_loss():
-    ours, _ = _pair(is_joint=False)
+@pytest.mark.parametrize("is_joint", [False, True])
+def test_autocast_gives_a_finite_float32_loss(is_joint):
+    ours, _ = _pair(is_joint)
     x, indexes = _batch()
     full = ours(x, indexes)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = ours(x, indexes)
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, full, rtol=0.02, atol=0.0)
+    grads = []
+    for loss in (full, half):
+        ours.zero_grad()
+        loss.backward()
+        grads.append({name: p.grad.clone() for name, p in ours.named_parameters()})
+    for name, expected in grads[0].items():
+        assert grads[1][name].dtype == torch.float32
+        assert (grads[1][name] - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize("is_joint", [False, True])
