@@ -122,28 +122,37 @@ def test_changed_value_remakes_its_stage_and_those_after(copy):
 
 def test_grid_of_two_students(copy):
     """All of it by run.sh, on the corpus that is there, by the shipped teacher."""
-    grid = copy / "egs/mini/conf/grids/smoke.yaml"
-    grid.write_text(
+    grids = copy / "egs/mini/conf/grids"
+    (grids / "smoke.yaml").write_text(
         "name: smoke\nquestion: Does it run?\ncorpus: mini\nsize: smoke\nseeds: [1]\ncells:\n"
         "  none: {confs: distillation/none}\n"
         "  mvq-low: {confs: distillation/mvq, like: mvq, against: none,\n"
         "    values: {distillation: {layer: 1}}}\n"
     )
 
-    def call(*options):
-        words = f'. ./path.sh && exec python3 local/experiment.py --config {grid} "$@"'
+    # Of other cells and another seed, in the same folder.
+    (grids / "other.yaml").write_text(
+        "name: other\nquestion: And this?\ncorpus: mini\nsize: smoke\nseeds: [2]\ncells:\n"
+        "  mvq-high: {confs: distillation/mvq, values: {distillation: {layer: 3}}}\n"
+    )
+
+    def call(grid, *options):
+        words = '. ./path.sh && exec python3 local/experiment.py --config "$@"'
+        on_cpu = ["--device", "cpu", "--num_jobs", "2"]
         return subprocess.run(
-            ["bash", "-c", words, "grid", "--device", "cpu", "--num_jobs", "2", *options],
+            ["bash", "-c", words, "grid", str(grids / f"{grid}.yaml"), *on_cpu, *options],
             cwd=copy,
             env=environment(),
             capture_output=True,
             text=True,
         )
 
-    done = call()
+    done = call("other", "--plan", "true")
+    assert "other: 0 of 1 students are done; the other 1 will take " in done.stderr
+    done = call("smoke")
     assert done.returncode == 0, done.stderr
     assert "smoke: 0 of 2 students are done; the other 2 will take 0 h 0" in done.stderr
-    assert "smoke: 1 of 2 students are done, about 0 h 0" in done.stderr
+    assert "smoke: 2 of 2 students are done\n" in done.stderr
     results = json.loads((copy / "exp/mini-smoke/grids/smoke/results.json").read_text())
     assert results["grid"]["run"] == "mini-smoke"
     none, mvq = results["grid"]["cells"]
@@ -157,7 +166,7 @@ def test_grid_of_two_students(copy):
     # As many as decoding averages over.
     kept = {path.name for path in (copy / "exp/mini-smoke/mvq-low-seed1").glob("epoch-*.pt")}
     assert kept == {"epoch-2.pt", "epoch-3.pt"}
-    done = call("--plan", "true")
+    done = call("smoke", "--plan", "true")
     assert "smoke: 2 of 2 students are done\n" in done.stderr
 
 

@@ -148,8 +148,10 @@ class Places:
         """Confs of the cells of all grids."""
         return self.exp / "grids" / "conf"
 
-    def students_file(self, grid: GridSettings) -> Path:
-        return self.exp / "grids" / grid.name / "students.txt"
+    @property
+    def students_file(self) -> Path:
+        """Names all of them: run.sh refuses a conf that no student asks for."""
+        return self.exp / "grids" / "students.txt"
 
     def results(self, grid: GridSettings) -> Path:
         return self.exp / "grids" / grid.name / "results.json"
@@ -227,7 +229,7 @@ def _leave(path: Path, text: str) -> None:
 
 
 def write_confs(grid: GridSettings, places: Places) -> None:
-    """The students file of the grid, and the conf files that its lines name.
+    """The students of all grids, and the conf files that their lines name.
 
     Cells of other grids with the same name and the same meaning are the same students.
 
@@ -245,10 +247,8 @@ def _write_confs(grid: GridSettings, places: Places) -> None:
     _leave(places.overlay / "decoding.yaml", yaml.safe_dump({"more": []}))
     cells_file = places.exp / "grids" / "cells.yaml"
     known = yaml.safe_load(cells_file.read_text()) if cells_file.exists() else {}
-    lines = []
     for student in students_of(grid):
-        cell = student.cell
-        meaning = cell.meaning()
+        meaning = student.cell.meaning()
         other = known.setdefault(student.cell_name, {"grid": grid.name, **meaning})
         if other["grid"] == grid.name:
             known[student.cell_name] = {"grid": grid.name, **meaning}
@@ -257,16 +257,21 @@ def _write_confs(grid: GridSettings, places: Places) -> None:
                 f"grid {grid.name}: cell {student.cell_name} means something else in grid "
                 f"{other['grid']}; give it another name"
             )
-        words = [student.name, cell.confs]
-        if cell.values:
-            words.append(f"cells/{student.cell_name}")
-            text = yaml.safe_dump(cell.values, sort_keys=False)
-            _leave(places.overlay / f"cells/{student.cell_name}.yaml", text)
-        words.append(f"seeds/{student.seed}")
-        seed_conf = yaml.safe_dump({"training": {"seed": student.seed, **keep}})
-        _leave(places.overlay / f"seeds/{student.seed}.yaml", seed_conf)
-        lines.append(" ".join(words))
-    _leave(places.students_file(grid), "\n".join(lines) + "\n")
+    seeds = {int(path.stem) for path in (places.overlay / "seeds").glob("*.yaml")} | {*grid.seeds}
+    confs = {f"seeds/{seed}": {"training": {**keep, "seed": seed}} for seed in grid.seeds}
+    lines = []
+    for name, meaning in known.items():
+        words = meaning["confs"]
+        if meaning["values"]:
+            words += f" cells/{name}"
+            confs[f"cells/{name}"] = meaning["values"]
+        else:
+            (places.overlay / f"cells/{name}.yaml").unlink(missing_ok=True)
+        lines += [f"{name}-seed{seed} {words} seeds/{seed}\n" for seed in sorted(seeds)]
+    # First, for calls of run.sh that begin meanwhile.
+    _leave(places.students_file, "".join(lines))
+    for name, values in confs.items():
+        _leave(places.overlay / f"{name}.yaml", yaml.safe_dump(values, sort_keys=False))
     _leave(cells_file, yaml.safe_dump(known))
 
 
@@ -289,7 +294,7 @@ def run_command(
         "--num-gpus": str(options.num_gpus) if options.num_gpus > 1 else "",
         "--labels": cell.labels,
         "--untranscribed-parts": cell.untranscribed_parts,
-        "--students-file": str(places.students_file(grid)),
+        "--students-file": str(places.students_file),
         "--overlay": str(places.overlay),
         "--students": " ".join(student.name for student in students),
     }

@@ -183,9 +183,8 @@ def test_runs_every_student_with_its_confs(recipe):
     assert yaml.safe_load((conf / "cells/mvq-n4.yaml").read_text()) == {
         "distillation": {"layer": 2}
     }
-    assert (recipe / "exp/toy/grids/one/students.txt").read_text().splitlines()[2] == (
-        "mvq-n4-seed1 distillation/mvq cells/mvq-n4 seeds/1"
-    )
+    lines = (recipe / "exp/toy/grids/students.txt").read_text().splitlines()
+    assert "mvq-n4-seed1 distillation/mvq cells/mvq-n4 seeds/1" in lines
 
 
 def test_one_that_fails_keeps_none_of_the_others(recipe):
