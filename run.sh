@@ -179,7 +179,8 @@ if [[ ! -f conf/$teacher_conf.yaml ]]; then
     echo "$0: --teacher $teacher: not in conf/teacher; it has: ${known_teachers//.yaml/}" >&2
     exit 1
 fi
-if [[ -z $teacher && -n $teacher_dir ]]; then
+# The layer of the embedded one is hardly that of another.
+if [[ -n $teacher_dir && -z $asked_teacher && ${teacher:-mini} == mini ]]; then
     echo "$0: --teacher-dir $teacher_dir: say with --teacher which of conf/teacher it is" >&2
     exit 1
 fi

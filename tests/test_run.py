@@ -308,6 +308,7 @@ def test_help(finished):
         (("--teacher", "nope"), "--teacher nope: not in conf/teacher; it has: hubert-base-ls960 "),
         ((*ARGS, "--teacher", "wavlm-large"), "leave out --teacher and --teacher-dir"),
         (("--corpus", "digits", "--teacher-dir", "x"), "/x: say with --teacher which"),
+        (("--size", "smoke", "--teacher-dir", "x"), "/x: say with --teacher which"),
         (("--corpus", "digits", "--size", "full"), "--size full: is nothing to corpus digits"),
         ((*ARGS, "--split", "take"), "--split take: is nothing to corpus mini"),
         ((*ARGS, "--dl-dir", "/x"), "--dl-dir /x: is nothing to corpus mini"),
