@@ -90,7 +90,7 @@ def test_options_reach_the_steps_of_librispeech(here):
 
 
 @pytest.mark.parametrize(
-    ("name", "hours", "gigabytes"), [("kinds", 1.1, 3.6), ("amounts", 1.1, 3.3)]
+    ("name", "hours", "gigabytes"), [("kinds", 1.1, 3.6), ("amounts", 1.2, 3.3)]
 )
 def test_what_a_grid_of_the_embedded_corpus_takes(here, name, hours, gigabytes):
     options = ["--config", f"egs/mini/conf/grids/{name}.yaml", "--seeds", "[1]"]
