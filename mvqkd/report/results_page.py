@@ -160,8 +160,10 @@ def grid_section(grid: GridSettings, run: str, document: Mapping[str, Any] | Non
         text += f"\n{AGAINST_NOTE}\n\n{_markdown(tables.against)}"
     text += f"\n`{origin['command']}`; conf of the grid {origin['conf_hash']}; "
     text += f"{origin['device']}.\n"
-    if origin["conf_hash"] != conf_hash(grid):
-        text += f"The conf of the grid has changed since, and is now {conf_hash(grid)}.\n"
+    # A run of some of the seeds is no run of another conf.
+    now = conf_hash(replace(grid, seeds=section.get("seeds", grid.seeds)))
+    if origin["conf_hash"] != now:
+        text += f"The conf of the grid has changed since, and is now {now}.\n"
     changed = _cells_changed_since(grid, section, tables.found)
     if changed:
         text += f"Confs have changed since, those of: {', '.join(changed)}.\n"

@@ -224,6 +224,16 @@ def test_cell_that_meant_something_else_is_not_measured(tmp_path, grid):
     assert f"The conf of the grid has changed since, and is now {conf_hash(grid)}." in page
 
 
+def test_run_of_fewer_seeds_is_of_the_same_conf(tmp_path, grid):
+    ran = replace(grid, seeds=[1])
+    document = of_grid(ran)
+    document["grid"]["seeds"] = [1]
+    document["grid"]["cells"][1]["seeds_done"] = [1]
+    page = page_of(tmp_path, [grid], found=document)
+    assert cells_of(page, "mvq")[5] == "1 of 2"
+    assert f"conf of the grid {conf_hash(ran)}; cpu." in page and "has changed since" not in page
+
+
 def test_results_of_an_unknown_grid_are_refused(tmp_path, grid):
     with pytest.raises(RecipeError, match="results of grid bytes: egs/toy/conf/grids has none"):
         page_of(tmp_path, [], found=of_grid(grid))
