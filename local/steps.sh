@@ -247,10 +247,13 @@ step() {
     mkdir -p "$stamps"
     # Held by what the step starts too, should this shell be killed alone.
     exec {step_lock}>>"$stamps/.$name.lock"
-    flock -n "$step_lock" || {
-        log "$name: another run is at it; waiting"
-        flock "$step_lock"
-    }
+    flock -n -E 75 "$step_lock" || case $? in
+        75)
+            log "$name: another run is at it; waiting"
+            flock "$step_lock"
+            ;;
+        *) log "$name: no locks on the file system of $stamps: start no second run beside this" ;;
+    esac
     hash=$(_step_hash "$after" "$@") || return 1
     # Put aside by a run with other settings, which was then killed: what it left is not wanted.
     if [[ "$(cat "$stamps/$name.before" 2>/dev/null)" == "$hash" ]]; then

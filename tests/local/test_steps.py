@@ -255,6 +255,12 @@ def test_second_run_waits_for_the_first(shell, tmp_path):
     assert "one: done already" in said
 
 
+def test_file_system_without_locks_is_named_and_done_without(shell):
+    done, ran = shell("flock() { return 71; }\n" + STEP)
+    assert (done.returncode, ran) == (0, ["one"])
+    assert "one: no locks on the file system of exp/stamps: start no second run" in done.stderr
+
+
 def test_other_hosts_only_take_part_in_training(shell, tmp_path):
     lines = (
         "export PET_NODE_RANK=1\n"
