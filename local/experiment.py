@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mvqkd import cli
-from mvqkd.data.shards import place_in_job
 from mvqkd.device import pick_device
 from mvqkd.errors import RecipeError
 from mvqkd.experiments.grid import (
@@ -37,6 +36,8 @@ from mvqkd.experiments.runner import (
     plans_of,
     run_grid,
     state_of,
+    students_at_once,
+    wait_for_others,
     with_done_since,
 )
 from mvqkd.files import locked
@@ -51,8 +52,9 @@ from mvqkd.report.table import write_results_json
 class Settings(RunOptions, GridSettings):
     """The grid, and how it is run."""
 
-    # Students at once in each process, which share the cores.
-    num_jobs: int = 1
+    # Students at once in each process, which share the cores; 0: two where one process has the CPU
+    # of a host, as run.sh, else one.
+    num_jobs: int = 0
     # Only say what it would take.
     plan: bool = False
 
@@ -92,24 +94,26 @@ def device_of(settings: Settings) -> str:
 
 def main(settings: Settings) -> None:
     check_recipe()
-    if settings.num_jobs < 1 or settings.num_gpus < 1:
+    if settings.num_jobs < 0 or settings.num_gpus < 1:
         raise RecipeError(
-            f"--num_jobs {settings.num_jobs}, --num_gpus {settings.num_gpus}: give at least 1"
+            f"--num_jobs {settings.num_jobs}, --num_gpus {settings.num_gpus}: give at least 1, or "
+            "no --num_jobs"
         )
-    if settings.num_gpus > 1 and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+    device, here = device_of(settings), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    num_jobs = settings.num_jobs or (2 if device == "cpu" and here == 1 else 1)
+    if settings.num_gpus > 1 and here > 1:
         raise RecipeError(
             f"--num_gpus {settings.num_gpus}: processes of one host would take the same GPUs; "
             "start one a host"
         )
     places = places_of(settings)
     write_confs(settings, places)
-    _, num_processes = place_in_job()
     plans = plans_of(settings, places, settings)
     costs = costs_of(settings)
 
     def estimate_of(plans: Mapping[str, Sequence[PlannedStep]]) -> Estimate:
-        num_at_once = settings.num_jobs * num_processes
-        return estimate(settings, places, num_at_once, plans, costs, device_of(settings))
+        at_once = students_at_once(num_jobs, device)
+        return estimate(settings, places, at_once, plans, costs, device)
 
     left = estimate_of(plans)
     total = len(students_of(settings))
@@ -124,15 +128,28 @@ def main(settings: Settings) -> None:
     confs = {name: digest_of(steps) for name, steps in plans.items()}
     calls = Calls(settings, places, settings, places.exp / "grids" / settings.name / "logs")
 
-    def when_done() -> None:
-        write_results(settings, places, out_of_date, confs)
-        now = estimate_of(with_done_since(settings, places, plans, out_of_date))
-        logging.info(f"{settings.name}: {now.progress(total)}")
+    def now() -> Estimate:
+        return estimate_of(with_done_since(settings, places, plans, out_of_date))
 
-    failed = run_grid(settings, places, calls, settings.num_jobs, when_done)
+    def when_done() -> None:
+        try:
+            write_results(settings, places, out_of_date, confs)
+            logging.info(f"{settings.name}: {now().progress(total)}")
+        except RecipeError as error:  # no reason to stop training; said again at the end
+            logging.warning(f"{settings.name}: {error}")
+
+    failed = run_grid(settings, places, calls, num_jobs, when_done)
     write_results(settings, places, out_of_date, confs)
     logging.info(f"{settings.name}: results in {places.results(settings)}")
+    elsewhere = [s.name for s in now().left if s.name not in failed]
+    if elsewhere:
+        logging.info(
+            f"{settings.name}: other processes have {len(elsewhere)} students in hand, "
+            f"{', '.join(elsewhere)}; call again when these are done"
+        )
     if failed:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            wait_for_others(settings, places)
         raise RecipeError(
             f"{places.exp}/grids/{settings.name}/logs/{failed[0]}.log: {len(failed)} students "
             f"failed, {', '.join(failed)}; mend what it says and call again"

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from mvqkd.experiments.grid import (
     students_of,
 )
 from mvqkd.experiments.plan import PlannedStep, plan_of
-from mvqkd.files import read_json_lines
+from mvqkd.files import locked, read_json_lines
 from mvqkd.report.costs import CostSettings, cost_of
 from mvqkd.report.table import NOT_MEASURED, format_bytes
 
@@ -49,10 +50,24 @@ def environment_alone(env: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def _processes_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def threads_each(num_jobs: int) -> int:
     """CPU threads of each of ``num_jobs`` students at once, in each process of this host."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, len(os.sched_getaffinity(0)) // (here * num_jobs))
+    return max(1, len(os.sched_getaffinity(0)) // (_processes_here() * num_jobs))
+
+
+def students_at_once(num_jobs: int, device: str) -> int:
+    """How many are trained side by side, of all processes, where each has ``num_jobs``; on a CPU no
+    more than have a core each, which is what rates are of."""
+    _, num_processes = place_in_job()
+    here = _processes_here()
+    on_host = here * num_jobs
+    if device == "cpu":
+        on_host = min(on_host, len(os.sched_getaffinity(0)))
+    return max(1, on_host * num_processes // here)
 
 
 def state_of(places: Places, student: Student) -> str | None:
@@ -400,7 +415,8 @@ def run_grid(
     """``call`` each student that is not done and that no other process has in hand.
 
     A student in hand is locked; where the file system has no locks, each process keeps to every
-    n-th, by its place in the job.
+    n-th, by its place in the job. One that has failed in another process meanwhile is not tried
+    again.
 
     Args:
       num_jobs: students at once in this process, which share its threads.
@@ -415,7 +431,7 @@ def run_grid(
     folder = places.exp / "grids" / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     failed: list[str] = []
-    told = threading.Lock()
+    told, began = threading.Lock(), time.time()
 
     def run_one(number: int, student: Student) -> None:
         mine_anyway = number % size == rank
@@ -424,11 +440,18 @@ def run_grid(
                 logging.info(f"{student.name}: in the hands of another process")
                 return
             before = state_of(places, student)
-            status = call(student, num_threads)
+            mark = folder / f"{student.name}.failed"
+            if mark.exists() and mark.stat().st_mtime >= began:
+                how, status = "failed in another process", 1
+            else:
+                status = call(student, num_threads)
+                how = f"failed, status {status}"
+                if status != 0:
+                    mark.touch()
         with told:
             if status != 0:
                 failed.append(student.name)
-                logging.info(f"{student.name}: failed, status {status}")
+                logging.info(f"{student.name}: {how}")
             elif state_of(places, student) != before:
                 logging.info(f"{student.name}: done")
                 when_done()
@@ -445,6 +468,14 @@ def run_grid(
             call.end()
             raise
     return failed
+
+
+def wait_for_others(grid: GridSettings, places: Places) -> None:
+    """Until no process of the grid has a student in hand: a launcher ends all of its processes when
+    one says that it has failed."""
+    for student in students_of(grid):
+        with locked(places.exp / "grids" / "locks" / f"{student.name}.lock"):
+            pass
 
 
 def check_recipe() -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from local import experiment
 from mvqkd import cli
 from mvqkd.data.shards import taken
 from mvqkd.errors import RecipeError
@@ -30,7 +32,9 @@ from mvqkd.experiments.runner import (
     plans_of,
     run_grid,
     state_of,
+    students_at_once,
     threads_each,
+    wait_for_others,
     with_done_since,
 )
 from mvqkd.report.confs import digest_of, grid_digests
@@ -205,6 +209,95 @@ def test_processes_begin_elsewhere_and_leave_what_others_have(recipe, monkeypatc
         assert mine
         assert run(grid) == []
     assert ran(recipe) == [*ALL[3:], ALL[0], ALL[2]]
+
+
+def test_one_that_fails_is_not_tried_by_every_process(recipe):
+    (recipe / "broken-mvq-seed1").touch()
+    grid = grid_of(recipe, seeds=[1])
+    assert run(grid) == ["mvq-seed1"]
+    ran(recipe)
+    # By another, after this one has begun.
+    mark = recipe / "exp/toy/grids/locks/mvq-seed1.failed"
+    os.utime(mark, (time.time() + 60, time.time() + 60))
+    assert run(grid) == ["mvq-seed1"]
+    assert "mvq-seed1 mvq" not in ran(recipe)
+    # Of an earlier call.
+    os.utime(mark, (0, 0))
+    assert run(grid) == ["mvq-seed1"]
+    assert "mvq-seed1 mvq" in ran(recipe)
+
+
+def test_waits_for_those_in_other_hands(recipe):
+    grid = grid_of(recipe)
+    locks = recipe / "exp/toy/grids/locks"
+    locks.mkdir(parents=True)
+    waiting = threading.Thread(target=wait_for_others, args=(grid, places_of(grid)))
+    with taken(locks / "mvq-seed2.lock", False):
+        waiting.start()
+        assert waiting.is_alive()
+    waiting.join(60)
+    assert not waiting.is_alive()
+
+
+def test_trains_on_where_results_cannot_be_written(recipe, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    grid = grid_of(recipe)
+    settings = cli.parse(experiment.Settings, ["--config", str(recipe / "grid.yaml")])[0]
+    settings.device = "cpu"
+    written = []
+
+    def write(*args):
+        written.append(args)
+        if len(written) <= 3:
+            raise RecipeError("results: a damaged log")
+
+    monkeypatch.setattr(experiment, "write_results", write)
+    monkeypatch.setattr(experiment, "costs_of", lambda settings: CostSettings())
+    experiment.main(settings)
+    assert sorted(ran(recipe)) == sorted(ALL)
+    assert caplog.text.count("one: results: a damaged log") == 3
+    assert "6 of 6 students are done" in caplog.text and "in hand" not in caplog.text
+    assert len(written) == len(students_of(grid)) + 1
+
+
+def test_says_whom_other_processes_have(recipe, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    grid_of(recipe)
+    settings = cli.parse(experiment.Settings, ["--config", str(recipe / "grid.yaml")])[0]
+    settings.device = "cpu"
+    monkeypatch.setattr(experiment, "costs_of", lambda settings: CostSettings())
+    locks = recipe / "exp/toy/grids/locks"
+    locks.mkdir(parents=True)
+    with taken(locks / "mvq-seed1.lock", False):
+        experiment.main(settings)
+    assert (
+        "one: other processes have 1 students in hand, mvq-seed1; call again when these are done"
+        in caplog.text
+    )
+    assert (recipe / "exp/toy/grids/one/results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "num_jobs", "device", "expected"),
+    [
+        ({}, 2, "cpu", 2),
+        ({}, 8, "cpu", 4),
+        ({}, 8, "cuda", 8),
+        ({"RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}, 1, "cpu", 3),
+        ({"RANK": "0", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, 1, "cpu", 8),
+        ({"RANK": "0", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, 1, "cuda", 16),
+        ({"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "16"}, 2, "cpu", 32),
+    ],
+)
+def test_no_more_are_trained_at_once_than_have_a_core(
+    monkeypatch, environment, num_jobs, device, expected
+):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(4))
+    assert students_at_once(num_jobs, device) == expected
 
 
 def test_says_how_long_it_takes(recipe):
