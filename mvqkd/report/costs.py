@@ -31,6 +31,9 @@ class StepCost:
     seconds: float | None = None
     bytes_per_hour: float | None = None
     bytes: float | None = None
+    # Of what it fetches and unpacks, on top of these; nothing where --dl_dir names a copy.
+    download_bytes: float = 0.0
+    download_bytes_per_hour: float = 0.0
     # Of training: what an epoch takes beside its steps, and a checkpoint.
     seconds_per_epoch: float = 0.0
     checkpoint_bytes: float | None = None
@@ -133,6 +136,9 @@ def cost_of(name: str, command: Sequence[str], settings: CostSettings, device: s
         return (fixed or 0.0) + (per_hour or 0.0) * (hours or 0.0) * times
 
     num_bytes = amount(rates.bytes, rates.bytes_per_hour, 1)
+    if "--dl_dir" not in command and hours is not None:
+        fetched = rates.download_bytes + rates.download_bytes_per_hour * hours
+        num_bytes = (num_bytes or 0.0) + fetched if fetched else num_bytes
     if rates.checkpoint_bytes is not None:
         num_bytes = (num_bytes or 0.0) + rates.checkpoint_bytes * training.checkpoints
     if "--device" in command and device != settings.device:

@@ -62,6 +62,15 @@ def test_speech_of_one_part(settings):
     assert cost_of("more-labels-mvq-train-other-500", [], settings) == Cost(None, None, None)
 
 
+def test_copy_that_is_named_is_not_fetched(settings):
+    settings.speech["corpus"] = 3.0
+    settings.steps["corpus"] = StepCost("corpus", bytes=1.0, download_bytes_per_hour=2.0)
+    settings.steps["noise"] = StepCost(download_bytes=5.0)
+    for copy, corpus, noise in ([], 7.0, 5.0), (["--dl_dir", "copy"], 1.0, None):
+        assert cost_of("corpus", copy, settings).bytes == corpus
+        assert cost_of("noise", copy, settings).bytes == noise
+
+
 def test_what_was_not_measured(settings):
     assert cost_of("decode-mvq", [], settings) == Cost(None, None, None)
     # How much speech the corpus has is not said.
