@@ -84,8 +84,8 @@ def test_options_reach_the_steps_of_librispeech(here):
     assert {"labels-floats", "student-l2-seed42", "decode-l2-seed42"} <= names
     assert not {"labels-mvq", "student-l1-seed42"} & names
     left = estimate(grid, places, 1, plans, CostSettings(), "cuda")
-    assert left.in_words(11, "").startswith(
-        "0 of 11 students are done; the time of the other 11: not measured; disk: "
+    assert left.in_words(18, "").startswith(
+        "0 of 18 students are done; the time of the other 18: not measured; disk: "
     )
 
 
