@@ -24,7 +24,10 @@ def _row(entry: Mapping[str, Any], parts: list[str], origin: Origin) -> StudentR
     for part in parts:
         if part in entry["test_sets"]:
             result = entry["test_sets"][part]
-            test_sets[part] = WerResult(result["wer"], result["lo"], result["hi"], 0, 0)
+            # Paired with the undistilled student of the same seeds, as the table below the bars is.
+            paired = result.get("difference") or {}
+            paired = [paired.get(key) for key in ("delta", "lo", "hi", "p")]
+            test_sets[part] = WerResult(result["wer"], result["lo"], result["hi"], 0, 0, *paired)
     return StudentResult(
         entry["student"],
         entry["distillation"],

@@ -37,7 +37,6 @@ from mvqkd.report.table import (
     all_test_sets,
     format_bytes,
     format_seconds,
-    relative_reduction,
     streaming_cells,
     table_cells,
     undistilled,
@@ -281,7 +280,7 @@ def wer_panels(
                     {
                         "look": looks[name],
                         "result": result,
-                        "reduction": relative_reduction(report.rows, row, test_set),
+                        "reduction": result.reduction,
                         "width": scale(result.wer),
                         "low": scale(result.lo),
                         "high": scale(result.hi),
@@ -456,7 +455,7 @@ def _headline(report: Report) -> list[dict[str, Any]]:
                 "result": best.test_sets[test_set],
                 "base": base.test_sets.get(test_set) if base and base is not best else None,
                 "base_name": report.names[report.rows.index(base)] if base else None,
-                "reduction": relative_reduction(report.rows, best, test_set),
+                "reduction": best.test_sets[test_set].reduction,
             }
         )
     return lines

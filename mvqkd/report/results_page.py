@@ -97,7 +97,7 @@ def grid_tables(grid: GridSettings, section: Mapping[str, Any]) -> GridTables:
     if not parts:
         header += ["WER % [95%]"]
     header += ["labels / hour", "s / step", "training"]
-    origins = [["cell", "conf of each seed", "dates"]]
+    origins = [["cell", "seeds", "conf of each seed", "dates"]]
     lines = [header]
     for name, cell in grid.cells.items():
         entry = found.get(name)
@@ -121,12 +121,13 @@ def grid_tables(grid: GridSettings, section: Mapping[str, Any]) -> GridTables:
         line += [format_bytes(entry["label_bytes_per_hour"])]
         line += [f"{entry['seconds_per_step']:.3f}", format_seconds(entry["training_seconds"])]
         lines.append(line)
-        origins.append([name, ", ".join(entry["conf_hashes"]), ", ".join(entry["dates"])])
+        done = (", ".join(map(str, entry[key])) for key in ("seeds_done", "conf_hashes", "dates"))
+        origins.append([name, *done])
     seeds = ", ".join(map(str, grid.seeds))
     note = (
-        f"Means over the seeds ({seeds}), and of a seed the lowest and highest; intervals are "
-        "95% bootstrap over utterances and seeds, differences paired with the undistilled student "
-        "of the same seeds. "
+        f"Means over those of the seeds {seeds} that are done, and of a seed the lowest and "
+        "highest; intervals are 95% bootstrap over utterances and seeds, differences paired with "
+        "the undistilled student of the same seeds. "
         # Drawn with replacement, n of them vary (n - 1) / n as much: `interval_over_seeds`.
         "Over few seeds the intervals are too narrow: three drawn again vary two thirds as much as "
         "seeds do, two half as much, one not at all. "

@@ -65,6 +65,14 @@ class WerResult:
     # Of a streaming student: how late tokens come, as `mvqkd.decoding.times.EmissionDelay` has it.
     emission_delay: dict[str, float] | None = None
 
+    @property
+    def reduction(self) -> float | None:
+        """How much lower the WER is than the undistilled student's, in percent of the latter; None
+        where there is nothing to compare with, or that has made no errors."""
+        if self.delta is None or self.wer - self.delta < 1e-9:
+            return None
+        return 100.0 * -self.delta / (self.wer - self.delta)
+
 
 @dataclass(frozen=True)
 class StudentResult:
@@ -142,20 +150,6 @@ def undistilled(rows: Sequence[StudentResult], row: StudentResult) -> StudentRes
     return None
 
 
-def relative_reduction(
-    rows: Sequence[StudentResult], row: StudentResult, test_set: str
-) -> float | None:
-    """How much lower the WER is than the undistilled student's, in percent of the latter.
-
-    None for an undistilled student, and where there is no such student or its WER is 0.
-    """
-    base = undistilled(rows, row)
-    if base is None or base is row or test_set not in base.test_sets:
-        return None
-    before, after = base.test_sets[test_set].wer, row.test_sets[test_set].wer
-    return 100.0 * (before - after) / before if before > 0 else None
-
-
 def all_test_sets(rows: Sequence[StudentResult]) -> list[str]:
     """The test sets of all rows, each once, in the order of their first row."""
     return list(dict.fromkeys(name for row in rows for name in row.test_sets))
@@ -207,7 +201,7 @@ def table_cells(
             cells.append(f"{result.wer:.2f} [{result.lo:.2f}, {result.hi:.2f}]" if result else "-")
             if test_set in published:
                 cells.append(f"{row.paper[test_set]:.2f}" if test_set in row.paper else "-")
-            reduction = relative_reduction(rows, row, test_set) if result else None
+            reduction = result.reduction if result else None
             cells.append("-" if reduction is None else f"{reduction:.1f}%")
             if result is None or result.delta is None:
                 cells.append("-")
