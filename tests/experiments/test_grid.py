@@ -641,6 +641,7 @@ read -r _ <go
     for name in ("at", "go"):
         os.mkfifo(recipe / name)
     command = [sys.executable, str(ROOT / "local/experiment.py"), "--config", "grid.yaml"]
+    command += ["--num_jobs", "1"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     # For reading and writing, so that neither end waits for the other to open it.
     with (
