@@ -71,7 +71,7 @@ class WerResult:
         where there is nothing to compare with, or that has made no errors."""
         if self.delta is None or self.wer - self.delta < 1e-9:
             return None
-        return 100.0 * -self.delta / (self.wer - self.delta)
+        return 100.0 * (1.0 - self.wer / (self.wer - self.delta))
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ def test_reduction_is_of_the_error_rate_without_distillation():
     assert MVQ.test_sets["test-clean"].reduction == pytest.approx(25.0)
     assert CLEAN.reduction is None
     assert dataclasses.replace(CLEAN, wer=1.0, delta=1.0).reduction is None
+    assert f"{dataclasses.replace(CLEAN, delta=0.0).reduction:.1f}" == "0.0"
 
 
 def cells(line):
