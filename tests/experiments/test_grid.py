@@ -225,6 +225,10 @@ def test_one_that_fails_is_not_tried_by_every_process(recipe):
     os.utime(mark, (0, 0))
     assert run(grid) == ["mvq-seed1"]
     assert "mvq-seed1 mvq" in ran(recipe)
+    # One that was ended has not failed by itself.
+    mark.unlink()
+    (recipe / "run.sh").write_text(FAKE.replace("exit 1; }", "kill -TERM $$; }"))
+    assert run(grid) == ["mvq-seed1"] and not mark.exists()
 
 
 def test_waits_for_those_in_other_hands(recipe):
