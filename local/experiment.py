@@ -34,6 +34,7 @@ from mvqkd.experiments.runner import (
     check_recipe,
     estimate,
     plans_of,
+    processes_here,
     run_grid,
     state_of,
     students_at_once,
@@ -99,9 +100,9 @@ def main(settings: Settings) -> None:
             f"--num_jobs {settings.num_jobs}, --num_gpus {settings.num_gpus}: give at least 1, or "
             "no --num_jobs"
         )
-    device, here = device_of(settings), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    num_jobs = settings.num_jobs or (2 if device == "cpu" and here == 1 else 1)
-    if settings.num_gpus > 1 and here > 1:
+    device = device_of(settings)
+    num_jobs = settings.num_jobs or (2 if device == "cpu" and processes_here() == 1 else 1)
+    if settings.num_gpus > 1 and processes_here() > 1:
         raise RecipeError(
             f"--num_gpus {settings.num_gpus}: processes of one host would take the same GPUs; "
             "start one a host"

@@ -50,20 +50,21 @@ def environment_alone(env: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _processes_here() -> int:
+def processes_here() -> int:
+    """Of this job, on this host."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def threads_each(num_jobs: int) -> int:
     """CPU threads of each of ``num_jobs`` students at once, in each process of this host."""
-    return max(1, len(os.sched_getaffinity(0)) // (_processes_here() * num_jobs))
+    return max(1, len(os.sched_getaffinity(0)) // (processes_here() * num_jobs))
 
 
 def students_at_once(num_jobs: int, device: str) -> int:
     """How many are trained side by side, of all processes, where each has ``num_jobs``; on a CPU no
     more than have a core each, which is what rates are of."""
     _, num_processes = place_in_job()
-    here = _processes_here()
+    here = processes_here()
     on_host = here * num_jobs
     if device == "cpu":
         on_host = min(on_host, len(os.sched_getaffinity(0)))

@@ -243,6 +243,23 @@ def test_waits_for_those_in_other_hands(recipe):
     assert not waiting.is_alive()
 
 
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_launchers_process_says_last_that_a_student_failed(recipe, monkeypatch, launched):
+    (recipe / "broken-mvq-seed1").touch()
+    grid_of(recipe)
+    settings = cli.parse(experiment.Settings, ["--config", str(recipe / "grid.yaml")])[0]
+    settings.device = "cpu"
+    waited = []
+    monkeypatch.setattr(experiment, "costs_of", lambda settings: CostSettings())
+    monkeypatch.setattr(experiment, "wait_for_others", lambda *args: waited.append(args))
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if launched:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(RecipeError, match=r"mvq-seed1\.log: 1 students failed, mvq-seed1; mend"):
+        experiment.main(settings)
+    assert len(waited) == launched
+
+
 def test_trains_on_where_results_cannot_be_written(recipe, monkeypatch, caplog):
     caplog.set_level("INFO")
     grid = grid_of(recipe)
