@@ -82,9 +82,9 @@ if [[ -z $labels ]]; then
     labels=mvq
     [[ $use_extracted_codebook == false ]] || labels=published
 fi
-# Rates of costs.yaml that are of another teacher than this call's.
-unmeasured=""
-[[ -z $teacher$teacher_dir ]] || unmeasured="teacher verify-teacher embeddings labels"
+# What rates of costs.yaml that are of the recipe's teacher say of this call's.
+rates_of=own
+[[ -z $teacher$teacher_dir ]] || rates_of=other
 . local/recipe.sh
 [[ $use_extracted_codebook == false ]] || teacher=""
 . ./path.sh
@@ -168,11 +168,11 @@ while IFS= read -r file; do
         echo "$0: --overlay $overlay: no step reads $file; name it as a file of conf/" >&2
         exit 1
     fi
-done < <([[ -z $overlay ]] || find "$overlay" -name '*.yaml' -printf '%P\n')
+done < <([[ -z $overlay ]] || find "$overlay" -name '[!.]*.yaml' -printf '%P\n')
 
 # One that is made here is the embedded one.
 [[ $train_teacher == false ]] || teacher=""
-[[ -n $teacher ]] || unmeasured=teacher
+[[ -n $teacher ]] || rates_of=made
 teacher_conf=teacher/${teacher:-mini}
 if [[ ! -f conf/$teacher_conf.yaml ]]; then
     known_teachers=$(cd conf/teacher && echo *.yaml)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from mvqkd import cli
-from mvqkd.report.costs import CostSettings, plan_text
+from mvqkd.report.costs import CostSettings, Teacher, plan_text, with_teacher
 
 
 @dataclass
@@ -19,15 +19,14 @@ class Settings(CostSettings):
     num_jobs: int = 1
     # Whether there is a GPU that the steps would take.
     gpu: bool = False
-    # Steps whose rates are of others than these.
-    unmeasured: list[str] = field(default_factory=list)
+    # own, made or other: the recipe's, the same trained anew, or another.
+    teacher: Teacher = "own"
 
 
 def main(settings: Settings) -> None:
-    for name in settings.unmeasured:
-        settings.steps.pop(name, None)
     device = "cuda" if settings.gpu else "cpu"
-    print(plan_text(settings.plan.read_text(), settings, settings.num_jobs, device), end="")
+    rates = with_teacher(settings, settings.teacher)
+    print(plan_text(settings.plan.read_text(), rates, settings.num_jobs, device), end="")
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ show_plan() {
     ! takes_gpu || gpu=true
     # shellcheck disable=SC2046,SC2086
     python3 local/dry_run.py $(conf costs) --plan "$mvqkd_plan" --num_jobs "${at_once:-1}" \
-        --gpu "$gpu" --unmeasured "$(list ${unmeasured:-})"
+        --gpu "$gpu" --teacher "${rates_of:-own}"
     rm "$mvqkd_plan"
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +55,28 @@ class CostSettings:
     speech: dict[str, float] = field(default_factory=dict)
     # By the name of a step, or how it begins up to a dash: student, labels, student-streaming.
     steps: dict[str, StepCost] = field(default_factory=dict)
+
+
+# Which teacher a call takes: the recipe's own, the same trained anew, or another.
+Teacher = Literal["own", "made", "other"]
+_RATES_OF_OWN: dict[Teacher, tuple[str, ...]] = {
+    "own": (),
+    "made": ("teacher",),
+    "other": ("teacher", "verify-teacher", "embeddings", "labels", "more-labels"),
+}
+
+
+def with_teacher(settings: CostSettings, teacher: Teacher) -> CostSettings:
+    """Without the rates that say nothing of this teacher."""
+    gone = _RATES_OF_OWN[teacher]
+    return replace(
+        settings,
+        steps={
+            key: rates
+            for key, rates in settings.steps.items()
+            if not any(key == step or key.startswith(f"{step}-") for step in gone)
+        },
+    )
 
 
 @dataclass(frozen=True)
