@@ -22,10 +22,14 @@ def conf_digests(command: str) -> dict[str, str]:
     """By the name of each student that ``command``, a call of run.sh, trains and decodes: a hash of
     what its conf files say, and those of the steps before students; comments are no part of it.
 
-    Unlike a stamp it is the same on every host. Empty where run.sh refuses the call.
+    Unlike a stamp it is the same on every host. Empty where run.sh refuses the call, and of any
+    other command.
     """
+    words = shlex.split(command)
+    if words[:1] != ["./run.sh"]:
+        return {}
     try:
-        steps = plan_of(shlex.split(command))
+        steps = plan_of(words)
     except (RecipeError, OSError):
         return {}
     shared = [s for s in steps if not s.name.startswith(("student-", "decode-", "report"))]
