@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +23,13 @@ from mvqkd.experiments.grid import (
     GridSettings,
     Places,
     RunOptions,
+    Student,
     conf_files,
     places_of,
     students_of,
     write_confs,
 )
-from mvqkd.experiments.plan import PlannedStep
+from mvqkd.experiments.plan import PlannedStep, check_steps
 from mvqkd.experiments.runner import (
     Calls,
     Estimate,
@@ -43,7 +45,7 @@ from mvqkd.experiments.runner import (
 )
 from mvqkd.files import locked
 from mvqkd.report.confs import digest_of
-from mvqkd.report.costs import CostSettings
+from mvqkd.report.costs import CostSettings, with_teacher
 from mvqkd.report.grid_page import write_grid_page
 from mvqkd.report.grids import collect_grid
 from mvqkd.report.table import write_results_json
@@ -69,23 +71,17 @@ def write_results(
     """One process at a time, so that none overwrites what another has found since."""
     path = places.results(settings)
     with locked(path.with_suffix(".lock")):
-        command = " ".join(["python3", *sys.argv])
+        command = shlex.join(["python3", *sys.argv])
         document = collect_grid(settings, places, command, settings, out_of_date, confs)
         write_results_json(path, document)
         write_grid_page(path.with_name("index.html"), settings, document)
-
-
-# Steps of costs.yaml that are of the corpus's own teacher.
-_OF_TEACHER = ("teacher", "verify-teacher", "embeddings", "labels", "more-labels")
 
 
 def costs_of(settings: Settings) -> CostSettings:
     """The rates by which run.sh shows what it costs."""
     confs = [str(path) for path in conf_files(settings, "costs")]
     costs, _ = cli.parse(CostSettings, [word for path in confs for word in ("--config", path)])
-    if settings.teacher or settings.teacher_dir:
-        costs.steps = {k: v for k, v in costs.steps.items() if not k.startswith(_OF_TEACHER)}
-    return costs
+    return with_teacher(costs, "other" if settings.teacher or settings.teacher_dir else "own")
 
 
 def device_of(settings: Settings) -> str:
@@ -110,6 +106,7 @@ def main(settings: Settings) -> None:
     places = places_of(settings)
     write_confs(settings, places)
     plans = plans_of(settings, places, settings)
+    check_steps(step for steps in plans.values() for step in steps)
     costs = costs_of(settings)
 
     def estimate_of(plans: Mapping[str, Sequence[PlannedStep]]) -> Estimate:
@@ -121,11 +118,15 @@ def main(settings: Settings) -> None:
     logging.info(f"{settings.name}: {left.in_words(total, costs.measured)}")
     if left.out_of_date:
         names = ", ".join(student.name for student in left.out_of_date)
-        logging.info(f"{settings.name}: confs have changed since {names}")
+        logging.info(f"{settings.name}: done before their confs or data changed: {names}")
     if settings.plan:
         return
     left.check_disks()
-    out_of_date = {student.name: state_of(places, student) for student in left.out_of_date}
+
+    def states(students: Sequence[Student]) -> dict[str, str | None]:
+        return {student.name: state_of(places, student) for student in students}
+
+    out_of_date = states(left.out_of_date)
     confs = {name: digest_of(steps) for name, steps in plans.items()}
     calls = Calls(settings, places, settings, places.exp / "grids" / settings.name / "logs")
 
@@ -140,9 +141,16 @@ def main(settings: Settings) -> None:
             logging.warning(f"{settings.name}: {error}")
 
     failed = run_grid(settings, places, calls, num_jobs, when_done)
+    # Students whose data were made again as they had been are up to date after all.
+    left = estimate_of(plans_of(settings, places, settings))
+    out_of_date = states(left.out_of_date)
     write_results(settings, places, out_of_date, confs)
     logging.info(f"{settings.name}: results in {places.results(settings)}")
-    elsewhere = [s.name for s in now().left if s.name not in failed]
+    changed = [name for name in out_of_date if name not in failed]
+    if changed:
+        names = ", ".join(changed)
+        logging.info(f"{settings.name}: confs have changed meanwhile, those of {names}; call again")
+    elsewhere = [s.name for s in left.left if s.name not in {*failed, *out_of_date}]
     if elsewhere:
         logging.info(
             f"{settings.name}: other processes have {len(elsewhere)} students in hand, "

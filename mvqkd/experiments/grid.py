@@ -257,7 +257,8 @@ def _write_confs(grid: GridSettings, places: Places) -> None:
                 f"grid {grid.name}: cell {student.cell_name} means something else in grid "
                 f"{other['grid']}; give it another name"
             )
-    seeds = {int(path.stem) for path in (places.overlay / "seeds").glob("*.yaml")} | {*grid.seeds}
+    there = (places.overlay / "seeds").glob("[!.]*.yaml")
+    seeds = {*grid.seeds, *(int(path.stem) for path in there)}
     confs = {f"seeds/{seed}": {"training": {**keep, "seed": seed}} for seed in grid.seeds}
     lines = []
     for name, meaning in known.items():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import subprocess
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mvqkd import cli
 from mvqkd.errors import RecipeError
 
 
@@ -60,3 +63,35 @@ def plan_of(command: Sequence[str], env: Mapping[str, str] | None = None) -> lis
             said = done.stderr.strip().splitlines()
             raise RecipeError(said[-1] if said else f"{shlex.join(command)}: failed; run it to see")
         return read_plan(plan.read_text())
+
+
+def check_steps(steps: Iterable[PlannedStep]) -> None:
+    """Read the options and confs of those that are not done as their scripts do.
+
+    Raises:
+      RecipeError: a script would refuse them; begins with the step's name.
+    """
+    seen = set()
+    for step in steps:
+        if not step.done and step.command not in seen:
+            seen.add(step.command)
+            _check(step)
+
+
+def _check(step: PlannedStep) -> None:
+    words = step.words
+    # What starts the script may be a script too, but none of Python.
+    at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+    if at is None:
+        return
+    name = f"step_{Path(words[at]).stem}"
+    script = sys.modules.get(name)
+    if script is None:
+        spec = importlib.util.spec_from_file_location(name, words[at])
+        script = importlib.util.module_from_spec(spec)
+        sys.modules[name] = script  # where dataclasses look up their types
+        spec.loader.exec_module(script)
+    try:
+        cli.parse(script.Settings, words[at + 1 :], words[at])
+    except RecipeError as error:
+        raise RecipeError(f"step {step.name}: {error}") from error

@@ -27,7 +27,7 @@ from mvqkd.experiments.grid import (
     students_of,
 )
 from mvqkd.experiments.plan import PlannedStep, plan_of
-from mvqkd.files import locked, read_json_lines
+from mvqkd.files import locked, read_json, read_json_lines
 from mvqkd.report.costs import CostSettings, cost_of
 from mvqkd.report.table import NOT_MEASURED, format_bytes
 
@@ -134,16 +134,19 @@ def _step_seconds(places: Places, step: str) -> float | None:
     return float(path.read_text()) if path.exists() else None
 
 
-def measured_seconds(places: Places, student: Student) -> tuple[float, float] | None:
-    """Training and decoding of one that is done; None where it is not known."""
+def measured_seconds(places: Places, student: Student, device: str) -> tuple[float, float] | None:
+    """Training and decoding of one that is done; None where it is not known of this device."""
     training, decoding = (_step_seconds(places, step) for step in student.steps)
     if training is None or decoding is None or state_of(places, student) is None:
+        return None
+    again = f"remove {places.exp}/stamps/student-{student.name}, then run again"
+    settings = read_json(places.exp / student.name / "settings.json", again)
+    if not settings["device"].startswith(device):
         return None
     # Of one that was killed the step's time is that of its last call; its log knows all of it.
     log = places.exp / student.name / "log.jsonl"
     if log.exists() and log.stat().st_size:
-        stamp = places.exp / "stamps" / f"student-{student.name}"
-        entries = read_json_lines(log, f"remove {stamp}, then run again")
+        entries = read_json_lines(log, again)
         training = max(training, entries[-1]["seconds"])
     return training, decoding
 
@@ -168,11 +171,12 @@ class Estimate:
     """What is left will take."""
 
     left: list[Student]
-    # None: of some student neither a like one is done nor is there a rate.
+    # None: of no student that is left a like one is done or is there a rate.
     seconds: float | None
     # Of the students that are left, those whose kind has been measured here.
     num_measured: int
-    # Of the students that are left, those that were done, with other confs.
+    # Of the students that are left, those that were done, with other confs; or whose data are gone,
+    # and may be made again as they were.
     out_of_date: list[Student]
     # Where it goes to, one or two.
     disks: list[Disk]
@@ -189,6 +193,8 @@ class Estimate:
         text = f"{total - len(self.left)} of {total} students are done"
         if self.left and self.seconds is not None:
             text += f", about {self._hours(self.seconds)} left"
+            if self.unknown_time:
+                text += f", without {len(self.unknown_time)} steps: {NOT_MEASURED}"
         return text
 
     def in_words(self, total: int, rates_from: str) -> str:
@@ -197,7 +203,7 @@ class Estimate:
             return text
         others = f"the other {len(self.left)}"
         if self.out_of_date:
-            others += f" (confs have changed since {len(self.out_of_date)} of them)"
+            others += f" ({len(self.out_of_date)} of them done before their confs or data changed)"
         if self.seconds is None:
             text += f"; the time of {others}: {NOT_MEASURED}"
         else:
@@ -262,7 +268,7 @@ def estimate(
     unknown = [name for name, one in took.items() if one is None]
     return Estimate(
         left,
-        None if own & {*unknown} else _last_end(left, to_do, took, num_at_once),
+        None if own <= {*unknown} else _last_end(left, to_do, took, num_at_once),
         sum(student.like in seconds.measured for student in left),
         [student for student in left if state_of(places, student) is not None],
         _disks(places, num_bytes),
@@ -287,7 +293,7 @@ class _Seconds:
         return cost_of(name, step.words, self._costs, self._device).seconds
 
     def learn(self, student: Student, steps: Sequence[PlannedStep]) -> None:
-        measured = measured_seconds(self._places, student)
+        measured = measured_seconds(self._places, student, self._device)
         if measured is None:
             return
         pairs = self.measured.setdefault(student.like, [[], []])

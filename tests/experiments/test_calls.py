@@ -4,10 +4,10 @@ import shlex
 import subprocess
 
 import pytest
+import yaml
 
 from egs.mini import make_corpus
 from local import decode, experiment, sample_embeddings, train_student, train_teacher
-from local.check_plan import check
 from mvqkd import cli
 from mvqkd.errors import RecipeError
 from mvqkd.experiments.grid import (
@@ -18,7 +18,7 @@ from mvqkd.experiments.grid import (
     students_of,
     write_confs,
 )
-from mvqkd.experiments.plan import plan_of
+from mvqkd.experiments.plan import check_steps, plan_of
 from mvqkd.experiments.runner import estimate, plans_of
 from mvqkd.report.confs import conf_digests
 from mvqkd.report.costs import CostSettings
@@ -105,13 +105,30 @@ def test_what_a_grid_of_the_embedded_corpus_takes(here, name, hours, gigabytes):
     assert sum(disk.needed for disk in left.disks) / 1e9 == pytest.approx(gigabytes, rel=0.1)
     # Rates of the corpus's own teacher say nothing of another.
     settings.teacher_dir = "other"
-    assert "labels" not in experiment.costs_of(settings).steps
+    steps = experiment.costs_of(settings).steps
+    assert not {"labels", "labels-floats", "more-labels-floats", "teacher"} & steps.keys()
+    assert "quantizer" in steps
+
+
+def test_mistake_in_the_last_cell_is_told_before_the_first(here, tmp_path):
+    cells = {"none": {"confs": "distillation/none"}}
+    conf = {"name": "wrong", "question": "?", "corpus": "mini", "size": "smoke", "seeds": [1]}
+    mistakes = [
+        ({"distilation": {"scale": 1.0}}, "distilation"),
+        ({"training": {"num_epochs": "8"}}, "num_epochs"),
+    ]
+    for values, key in mistakes:
+        cells["last"] = {"confs": "distillation/mvq", "values": values}
+        path = tmp_path / "wrong.yaml"
+        path.write_text(yaml.safe_dump({**conf, "cells": cells}))
+        settings = cli.parse(experiment.Settings, ["--config", str(path)])[0]
+        with pytest.raises(RecipeError, match=f"^step student-last-seed1: .*{key}"):
+            experiment.main(settings)
 
 
 def test_size_large_is_of_real_size(here):
     plan = commands("--size", "large")
-    for step in plan.values():
-        check(step.name, step.words)  # its confs hold what its script knows
+    check_steps(plan.values())  # their confs hold what their scripts know
 
     def settings_of(name, script):
         return cli.parse(script.Settings, plan[name].words[2:])[0]

@@ -436,6 +436,26 @@ def test_without_rates_the_time_is_not_measured(recipe):
     assert " rates of a desk), without labels-mvq, labels-n4: not measured; disk: " in text
 
 
+def test_students_of_unknown_time_are_no_part_of_the_sum(recipe):
+    costs = cli.parse(CostSettings, ["--config", "conf/costs.yaml"])[0]
+    costs.steps.pop("student-mvq")
+    plan = planned(grid_of(recipe), costs=costs)
+    text = plan.in_words(6, "a desk")
+    assert ", without student-mvq-seed1, student-mvq-n4-seed1, student-mvq-seed2" in text
+    assert plan.progress(6).endswith(" left, without 4 steps: not measured")
+
+
+def test_times_of_another_device_say_nothing_of_this(recipe):
+    run(grid_of(recipe, seeds=[1]))
+    grid = grid_of(recipe, seeds=[1, 2])
+    places = places_of(grid)
+    write_confs(grid, places)
+    plans = plans_of(grid, places, CPU)
+    costs = cli.parse(CostSettings, ["--config", "conf/costs.yaml"])[0]
+    assert estimate(grid, places, 1, plans, costs, "cpu").num_measured == 3
+    assert estimate(grid, places, 1, plans, costs, "cuda").num_measured == 0
+
+
 def test_seeds_keep_what_decoding_reads(recipe):
     grid = grid_of(recipe)
     seed = recipe / "exp/toy/grids/conf/seeds/1.yaml"
@@ -465,7 +485,8 @@ def test_changed_confs_are_told_and_run_again(recipe):
     names = [student.name for student in plan.left]
     assert names == ["mvq-n4-seed1", "mvq-n4-seed2"]
     assert plan.in_words(6, "a desk").startswith(
-        "4 of 6 students are done; the other 2 (confs have changed since 2 of them) will take 0 h "
+        "4 of 6 students are done; the other 2 (2 of them done before their confs or data changed) "
+        "will take 0 h "
     )
     old = {student.name: state_of(places, student) for student in plan.out_of_date}
     last = collect_grid(grid, places, "COMMAND", CPU, old)["grid"]["cells"][2]
@@ -476,6 +497,53 @@ def test_changed_confs_are_told_and_run_again(recipe):
     assert len(told) == 1  # the four that are done have not changed
     last = collect_grid(grid, places, "COMMAND", CPU, old)["grid"]["cells"][2]
     assert (last["seeds_done"], last["seeds_out_of_date"]) == ([1], [2])
+
+
+def test_students_whose_data_were_made_again_as_they_were_stay(recipe, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    run(grid_of(recipe))
+    settings = cli.parse(experiment.Settings, ["--config", str(recipe / "grid.yaml")])[0]
+    settings.device = "cpu"
+    asked = []
+
+    def plans(*args):
+        asked.append(args)
+        found = plans_of(*args)
+        if len(asked) > 1:
+            return found
+        # The labels are gone: what comes from them is to be made again, as far as is known.
+        return {name: [replace(s, done=False) for s in steps] for name, steps in found.items()}
+
+    monkeypatch.setattr(experiment, "plans_of", plans)
+    monkeypatch.setattr(experiment, "costs_of", lambda settings: CostSettings())
+    monkeypatch.setattr("sys.argv", ["local/experiment.py", "--seeds", "[1, 2]"])
+    experiment.main(settings)
+    results = json.loads((recipe / "exp/toy/grids/one/results.json").read_text())
+    assert "(6 of them done before their confs or data changed)" in caplog.text
+    assert len(results["students"]) == 6 and "in hand" not in caplog.text
+    assert not any(cell["seeds_out_of_date"] for cell in results["grid"]["cells"])
+    assert [cell["devices"] for cell in results["grid"]["cells"]] == [["cpu"]] * 3
+    # As one would type it again.
+    command = "python3 local/experiment.py --seeds '[1, 2]'"
+    assert results["grid"]["origin"]["command"] == command
+
+
+def test_confs_that_change_while_a_grid_runs_are_told(recipe, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    grid_of(recipe, seeds=[1])
+    settings = cli.parse(experiment.Settings, ["--config", str(recipe / "grid.yaml")])[0]
+    settings.device = "cpu"
+
+    def call(*args):
+        failed = run_grid(*args)
+        (recipe / "exp/toy/grids/conf/cells/mvq-n4.yaml").write_text("another: 1\n")
+        return failed
+
+    monkeypatch.setattr(experiment, "costs_of", lambda settings: CostSettings())
+    monkeypatch.setattr(experiment, "run_grid", call)
+    experiment.main(settings)
+    assert "one: confs have changed meanwhile, those of mvq-n4-seed1; call again" in caplog.text
+    assert "in hand" not in caplog.text
 
 
 def test_what_is_started_is_no_part_of_the_job(recipe, monkeypatch):
