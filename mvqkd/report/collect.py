@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +95,8 @@ def label_bytes_per_hour(labels_dir: Path, wanted: Collection[str]) -> float:
       RecipeError: the cuts have no such field.
     """
     manifest = labels_dir / "train.jsonl.gz"
-    seconds, num_arrays, num_values = 0.0, Counter(), Counter()
-    firsts: dict[str, TemporalArray] = {}
-    for cut in read_cuts(manifest):
-        seconds += cut.duration
-        for name, label in (cut.custom or {}).items():
-            if isinstance(label, TemporalArray):
-                firsts.setdefault(name, label)
-                num_arrays[name] += 1
-                num_values[name] += math.prod(label.shape)
+    written = manifest.stat().st_mtime_ns if manifest.exists() else 0
+    seconds, num_arrays, num_values, firsts = _arrays_of(manifest, written)
     for name in wanted:
         if name not in firsts:
             raise RecipeError(
@@ -117,6 +111,24 @@ def label_bytes_per_hour(labels_dir: Path, wanted: Collection[str]) -> float:
         share_of_arrays = sum(num_arrays[name] for name in wanted) / num_arrays.total()
         on_disk = share * min(on_disk, total) + share_of_arrays * max(0.0, on_disk - total)
     return on_disk / (seconds / 3600)
+
+
+@lru_cache
+def _arrays_of(
+    manifest: Path, written: int
+) -> tuple[float, Counter, Counter, dict[str, TemporalArray]]:
+    """Seconds of speech, and by field how many arrays, how many values, and one of the arrays; read
+    once for all students, as LibriSpeech's takes a while."""
+    seconds, num_arrays, num_values = 0.0, Counter(), Counter()
+    firsts: dict[str, TemporalArray] = {}
+    for cut in read_cuts(manifest):
+        seconds += cut.duration
+        for name, label in (cut.custom or {}).items():
+            if isinstance(label, TemporalArray):
+                firsts.setdefault(name, label)
+                num_arrays[name] += 1
+                num_values[name] += math.prod(label.shape)
+    return seconds, num_arrays, num_values, firsts
 
 
 def _stamp(exp_dir: Path, step: str) -> str:
@@ -182,10 +194,11 @@ def student_row(
         test_sets=_results(decoded),
         origin=Origin(
             command,
-            _stamp(exp_dir, f"student-{student}")[:12],
+            # Which is of the training too.
+            _stamp(exp_dir, f"decode-{student}")[:12],
             settings["device"],
             settings["training"]["seed"],
-            _date(exp_dir / "stamps" / f"student-{student}"),
+            _date(exp_dir / "stamps" / f"decode-{student}"),
         ),
         label_bytes_per_hour=(
             label_bytes_per_hour(data_dir / "labels" / labels, label_fields)

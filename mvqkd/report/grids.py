@@ -163,5 +163,6 @@ def _cell(
         "seconds_per_step": mean(row.step_seconds for row in own),
         "conf_hashes": [row.origin.conf_hash for row in own],
         "conf_digests": [row.origin.confs for row in own],
+        "devices": sorted({row.origin.device for row in own}),
         "dates": sorted({row.origin.date for row in own}),
     }

@@ -97,7 +97,7 @@ def grid_tables(grid: GridSettings, section: Mapping[str, Any]) -> GridTables:
     if not parts:
         header += ["WER % [95%]"]
     header += ["labels / hour", "s / step", "training"]
-    origins = [["cell", "seeds", "conf of each seed", "dates"]]
+    origins = [["cell", "seeds", "conf of each seed", "device", "dates"]]
     lines = [header]
     for name, cell in grid.cells.items():
         entry = found.get(name)
@@ -121,8 +121,12 @@ def grid_tables(grid: GridSettings, section: Mapping[str, Any]) -> GridTables:
         line += [format_bytes(entry["label_bytes_per_hour"])]
         line += [f"{entry['seconds_per_step']:.3f}", format_seconds(entry["training_seconds"])]
         lines.append(line)
-        done = (", ".join(map(str, entry[key])) for key in ("seeds_done", "conf_hashes", "dates"))
-        origins.append([name, *done])
+        done, hashes, dates = (
+            ", ".join(map(str, entry[key])) for key in ("seeds_done", "conf_hashes", "dates")
+        )
+        # Of a version that did not tell cells apart: all of them.
+        devices = entry.get("devices", [section["origin"]["device"]])
+        origins.append([name, done, hashes, "; ".join(devices), dates])
     seeds = ", ".join(map(str, grid.seeds))
     note = (
         f"Means over those of the seeds {seeds} that are done, and of a seed the lowest and "
@@ -149,7 +153,9 @@ def grid_section(grid: GridSettings, run: str, document: Mapping[str, Any] | Non
     """
     section = document["grid"] if document else {"cells": []}
     asked = {name: section[name] for name in ("size", "split") if name in section}
-    grid = replace(grid, **asked)
+    # A run may have more seeds than the conf, or fewer.
+    seeds = list(dict.fromkeys([*grid.seeds, *section.get("seeds", [])]))
+    grid = replace(grid, **asked, seeds=seeds)
     tables = grid_tables(grid, section)
     text = f"## Grid {grid.name}, {run}\n\n{grid.question}\n\n{_markdown(tables.cells)}"
     if not tables.found:

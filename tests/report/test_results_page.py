@@ -181,6 +181,27 @@ def test_cells_whose_confs_have_changed_are_named(tmp_path, grid, monkeypatch):
     assert len(asked) == 1
 
 
+def test_run_of_more_seeds_than_the_conf_has(tmp_path, grid, monkeypatch):
+    asked = []
+
+    def digests(grid, options):
+        asked.append(grid.seeds)
+        return {f"{cell}-seed{seed}": "same" for cell in grid.cells for seed in grid.seeds}
+
+    monkeypatch.setattr("mvqkd.report.results_page.grid_digests", digests)
+    document = of_grid(grid)
+    section = document["grid"]
+    section["seeds"], section["options"] = [1, 2, 3], {}
+    section["origin"]["conf_hash"] = conf_hash(replace(grid, seeds=[1, 2, 3]))
+    found = {"seeds_done": [1, 2, 3], "conf_digests": ["same"] * 3, "devices": ["cpu", "cuda"]}
+    section["cells"][1].update(found)
+    page = page_of(tmp_path, [grid], found=document)
+    assert asked == [[1, 2, 3]]
+    assert cells_of(page, "mvq")[5] == "3 of 3" and "of the seeds 1, 2, 3 that" in page
+    assert "changed since" not in page
+    assert "| cpu; cuda " in page
+
+
 def test_dev_sets_have_their_error_rate(tmp_path, grid):
     document = of_grid(grid)
     document["grid"]["dev_parts"] = ["dev"]
