@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import kaldialign
@@ -241,18 +242,34 @@ def _bootstrap(count_MU: np.ndarray, words_U: np.ndarray, seed: int, replication
     replacement, and of as many models drawn from these: (R,)."""
     M, U = count_MU.shape
     # Models have their own draws, so that those of the test set do not depend on their number.
-    rng, model_rng = np.random.default_rng(seed), np.random.default_rng([seed, 1])
-    block = max(1, _BLOCK_ELEMENTS // U)
+    model_rng = np.random.default_rng([seed, 1])
+    sums_U = np.stack([words_U, *count_MU], axis=1).astype(np.float64)
     rates = []
-    for start in range(0, replications, block):
-        drawn_RU = rng.integers(0, U, size=(min(block, replications - start), U))
-        # A draw of nothing but empty references says nothing of the rate: 0 there.
-        words_R = np.maximum(words_U[drawn_RU].sum(1), 1)
-        count_RM = np.stack([count_U[drawn_RU].sum(1) for count_U in count_MU], axis=1)
+    for times_RU in _draws(U, seed, replications):
+        words_R, *count_MR = (times_RU.astype(np.float64) @ sums_U).T
+        count_RM = np.stack(count_MR, axis=1)
         models_RM = model_rng.integers(0, M, size=count_RM.shape)
         count_R = np.take_along_axis(count_RM, models_RM, axis=1).sum(1)
-        rates.append(100.0 * count_R / (M * words_R))
+        # A draw of nothing but empty references says nothing of the rate: 0 there.
+        rates.append(100.0 * count_R / (M * np.maximum(words_R, 1)))
     return np.concatenate(rates)
+
+
+@lru_cache(maxsize=4)
+def _draws(U: int, seed: int, replications: int) -> list[np.ndarray]:
+    """How often each of U utterances is in each draw, in blocks of draws; the same for all models
+    and pairs of a test set, of which a grid has hundreds."""
+    rng = np.random.default_rng(seed)
+    block = max(1, _BLOCK_ELEMENTS // U)
+    blocks = []
+    for start in range(0, replications, block):
+        drawn_RU = rng.integers(0, U, size=(min(block, replications - start), U))
+        R = len(drawn_RU)
+        drawn_RU += U * np.arange(R)[:, None]
+        # An utterance is drawn once, as a mean, and never 256 times.
+        times_RU = np.bincount(drawn_RU.ravel(), minlength=R * U).reshape(R, U)
+        blocks.append(times_RU.astype(np.uint8))
+    return blocks
 
 
 def wer_interval(
