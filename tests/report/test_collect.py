@@ -122,7 +122,7 @@ def exp_dir(tmp_path):
         (exp / name).parent.mkdir(parents=True, exist_ok=True)
         (exp / name).write_text(json.dumps(document) + "\n")
     (exp / "stamps").mkdir()
-    for step in ("student-none", "verify-teacher", "quantizer-mvq"):
+    for step in ("decode-none", "verify-teacher", "quantizer-mvq"):
         (exp / "stamps" / step).write_text("0123456789abcdef\n")
     return exp
 
@@ -158,7 +158,7 @@ def test_what_is_missing_or_damaged_is_said_with_its_stage(exp_dir, name, missin
 
 def test_other_weights_have_rows_of_their_own(exp_dir):
     shutil.copytree(exp_dir / "none", exp_dir / "mvq")
-    (exp_dir / "stamps/student-mvq").write_text("aaaa\n")
+    (exp_dir / "stamps/decode-mvq").write_text("aaaa\n")
     change(exp_dir / "mvq/settings.json", distillation={"kind": "mvq", "in_loop": True})
     document = json.loads((exp_dir / "none/decoded.json").read_text())
     heard = [["one", ["a", "b"], ["a", "b"]], ["two", ["a", "b"], ["a", "b"]]]
