@@ -131,10 +131,10 @@ def grid_tables(grid: GridSettings, section: Mapping[str, Any]) -> GridTables:
     note = (
         f"Means over those of the seeds {seeds} that are done, and of a seed the lowest and "
         "highest; intervals are 95% bootstrap over utterances and seeds, differences paired with "
-        "the undistilled student of the same seeds. "
+        "the undistilled student of the same seeds, p twice the share of draws beyond zero. "
         # Drawn with replacement, n of them vary (n - 1) / n as much: `interval_over_seeds`.
-        "Over few seeds the intervals are too narrow: three drawn again vary two thirds as much as "
-        "seeds do, two half as much, one not at all. "
+        "Over few seeds the intervals are too narrow: three drawn again have two thirds of the "
+        "variance that seeds have, two have half of it, one has none. "
     )
     if "dev_parts" in section:
         note += "A step's time is without decoding of the dev sets, that of training with it"
@@ -144,12 +144,15 @@ def grid_tables(grid: GridSettings, section: Mapping[str, Any]) -> GridTables:
     return GridTables(lines, _against(grid, found, parts), origins, note, found, parts)
 
 
-def grid_section(grid: GridSettings, run: str, document: Mapping[str, Any] | None) -> str:
+def grid_section(
+    grid: GridSettings, run: str, document: Mapping[str, Any] | None, told: set[str]
+) -> str:
     """One row a cell, also of those that have not been run, and where the numbers came from.
 
     Args:
       run: the folder under exp/ that it has run in, or would.
       document: results.json of the grid; None: it has none.
+      told: what the page has said already of all its grids; what this section says is added.
     """
     section = document["grid"] if document else {"cells": []}
     asked = {name: section[name] for name in ("size", "split") if name in section}
@@ -162,9 +165,13 @@ def grid_section(grid: GridSettings, run: str, document: Mapping[str, Any] | Non
         path = f"egs/{grid.corpus}/conf/grids/{grid.name}.yaml"
         return f"{text}\n`python3 local/experiment.py --config {path}`\n"
     origin = section["origin"]
-    text += f"\n{tables.note}\n"
+    if tables.note not in told:
+        told.add(tables.note)
+        text += f"\n{tables.note}\n"
     if len(tables.against) > 1:
-        text += f"\n{AGAINST_NOTE}\n\n{_markdown(tables.against)}"
+        text += "\n" if AGAINST_NOTE in told else f"\n{AGAINST_NOTE}\n\n"
+        told.add(AGAINST_NOTE)
+        text += _markdown(tables.against)
     text += f"\n`{origin['command']}`; conf of the grid {origin['conf_hash']}; "
     text += f"{origin['device']}.\n"
     # A run of some of the seeds is no run of another conf.
@@ -388,11 +395,13 @@ def results_page(
             f"results of grid {min(unknown)}: egs/{corpus}/conf/grids has none of this name; "
             "put it back, or remove the results"
         )
-    missing = []
+    # Before the many tables that it is about.
+    sections += written
+    missing, told = [], set()
     for grid in grids:
         of_runs = of_grids.get(grid.name, {})
-        sections += [grid_section(grid, run, document) for run, document in of_runs.items()]
-        missing += [] if of_runs else [grid_section(grid, usual[grid.name], None)]
+        sections += [grid_section(grid, run, document, told) for run, document in of_runs.items()]
+        missing += [] if of_runs else [grid_section(grid, usual[grid.name], None, told)]
     head = f"<!-- Made by `{command}` from results/, conf/grids/ and notes.md: edit these. -->\n"
-    body = "\n".join([*sections, *written, *missing])
+    body = "\n".join([*sections, *missing])
     return f"{head}\n# {corpus}: results\n\n{body}"

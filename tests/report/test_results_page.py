@@ -145,7 +145,7 @@ def test_grid_says_what_was_found_and_what_was_not_measured(tmp_path, grid):
     assert cells_of(page, "none")[6:10] == ["25.00 [20.00, 30.00]", "24.00 to 26.00", "-", "-"]
     assert cells_of(page, "mvq-n4")[5:7] == ["0 of 2", "not measured"]
     assert cells_of(page, "cell")[7] == "test of a seed"
-    assert "Over few seeds the intervals are too narrow: three drawn again vary" in page
+    assert "Over few seeds the intervals are too narrow: three drawn again have" in page
     assert "A step's time, as that of training, is with decoding of the dev sets.\n" in page
     assert f"`local/experiment.py`; conf of the grid {conf_hash(grid)}; cpu." in page
     assert "aaaa, bbbb" in page and "2024-05-31, 2024-06-01" in page
@@ -285,7 +285,7 @@ def test_script_keeps_what_it_takes(tmp_path, grid, monkeypatch):
     shutil.rmtree(tmp_path / "exp")
     script.main(cli.parse(script.Settings, ["--corpus", "toy"])[0])
     assert (tmp_path / "egs/toy/RESULTS.md").read_text() == page
-    assert "## toy-small" in page and page.endswith("Mine.\n")
+    assert page.index("## toy-small") < page.index("Mine.\n") < page.index("## Grid bytes")
     assert "## Grid bytes, toy-small\n" in page
     assert cells_of(page[page.index("## Published") :], "mvq") == [
         "mvq", "mvq", "no", "-", "5.50", "not measured"
@@ -303,6 +303,9 @@ def test_script_keeps_what_it_takes(tmp_path, grid, monkeypatch):
     assert kept == ["grid-bytes-toy-full.json", "grid-bytes-toy-small.json", "toy-small.json"]
     page = (tmp_path / "egs/toy/RESULTS.md").read_text()
     assert "## Grid bytes, toy-full\n" in page and "## Grid bytes, toy-small\n" in page
+    # What is said of all grids is said once.
+    assert page.count("Means over those of the seeds") == 1
+    assert page.count("One cell against another") == 1 and page.count("| against |") == 2
     assert "The conf of the grid has changed" not in page
     with pytest.raises(RecipeError, match="--corpus other: not known; give one of: toy"):
         script.recipe_of("other")
