@@ -111,7 +111,7 @@ def training_amounts(command: Sequence[str]) -> TrainingAmounts:
     """What the last of a training's conf files says of each.
 
     Raises:
-      RecipeError: none of them says how many epochs.
+      RecipeError: none of them says how many epochs, or one what is no number.
     """
     training: dict[str, Any] = {}
     share = 1.0
@@ -122,9 +122,16 @@ def training_amounts(command: Sequence[str]) -> TrainingAmounts:
             share = conf.get("transcribed_share", share)
     if "num_epochs" not in training:
         raise RecipeError(f"{' '.join(command)}: no conf has training.num_epochs; add it")
-    epochs = training["num_epochs"]
-    kept = min(epochs, training.get("keep_epochs", KEEP_EPOCHS))
-    every = training.get("keep_every_epochs", 0)
+    try:
+        epochs = int(training["num_epochs"])
+        kept = min(epochs, int(training.get("keep_epochs", KEEP_EPOCHS)))
+        every = int(training.get("keep_every_epochs", 0))
+        share = float(share)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"{' '.join(command)}: num_epochs, keep_epochs, keep_every_epochs or transcribed_share "
+            f"of a conf is no number ({error}); mend it"
+        ) from error
     kept += (epochs - kept) // every if every else 0
     return TrainingAmounts(epochs, share, kept + 1)
 

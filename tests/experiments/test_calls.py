@@ -115,7 +115,7 @@ def test_mistake_in_the_last_cell_is_told_before_the_first(here, tmp_path):
     conf = {"name": "wrong", "question": "?", "corpus": "mini", "size": "smoke", "seeds": [1]}
     mistakes = [
         ({"distilation": {"scale": 1.0}}, "distilation"),
-        ({"training": {"num_epochs": "8"}}, "num_epochs"),
+        ({"training": {"num_epochs": "some"}}, "num_epochs"),
     ]
     for values, key in mistakes:
         cells["last"] = {"confs": "distillation/mvq", "values": values}

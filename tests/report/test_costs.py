@@ -4,7 +4,7 @@ import pytest
 
 from mvqkd import cli
 from mvqkd.errors import RecipeError
-from mvqkd.report.costs import Cost, CostSettings, StepCost, cost_of, plan_text
+from mvqkd.report.costs import Cost, CostSettings, StepCost, cost_of, plan_text, with_teacher
 from tests.recipe_copy import ROOT
 
 CONF = """
@@ -80,6 +80,28 @@ def test_what_was_not_measured(settings):
 def test_training_without_epochs_is_refused(settings):
     with pytest.raises(RecipeError, match=r"no conf has training\.num_epochs"):
         cost_of("student-mvq", ["train.py"], settings)
+
+
+def test_epochs_that_are_no_number_are_refused(settings, training, tmp_path):
+    (tmp_path / "b.yaml").write_text('training: {num_epochs: "3"}\n')
+    assert cost_of("student-mvq", training.split(), settings).seconds == 60 + 3 * 200
+    (tmp_path / "b.yaml").write_text("training: {num_epochs: some}\n")
+    with pytest.raises(RecipeError, match=r"b\.yaml .*: num_epochs, .* is no number .*'some'"):
+        cost_of("student-mvq", training.split(), settings)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "left"),
+    [
+        ("own", {"labels", "labels-floats", "more-labels-floats", "teacher", "student"}),
+        ("made", {"labels", "labels-floats", "more-labels-floats", "student"}),
+        ("other", {"student"}),
+    ],
+)
+def test_rates_of_another_teacher_are_left_out(settings, teacher, left):
+    names = ("labels", "labels-floats", "more-labels-floats", "teacher", "student")
+    settings.steps = {name: StepCost(seconds=1.0) for name in names}
+    assert set(with_teacher(settings, teacher).steps) == left
 
 
 def test_plan_in_words(settings, training):
