@@ -273,7 +273,8 @@ def _write_confs(grid: GridSettings, places: Places) -> None:
     _leave(places.students_file, "".join(lines))
     for name, values in confs.items():
         _leave(places.overlay / f"{name}.yaml", yaml.safe_dump(values, sort_keys=False))
-    _leave(cells_file, yaml.safe_dump(known))
+    # In the order of its own conf: stamps are of what a file says word by word.
+    _leave(cells_file, yaml.safe_dump(known, sort_keys=False))
 
 
 def run_command(

@@ -476,6 +476,18 @@ def test_seeds_keep_what_decoding_reads(recipe):
     assert written() == {"seed": 1}
 
 
+def test_confs_stay_word_by_word_where_another_grid_is_run(recipe):
+    values = {"training": {"num_epochs": 16, "lr_epochs": 12}, "data": {"z": 1, "a": 2}}
+    cells = {"none": CONF["cells"]["none"], "long": {"confs": "x", "values": values}}
+    grid = grid_of(recipe, cells=cells)
+    write_confs(grid, places_of(grid))
+    conf = recipe / "exp/toy/grids/conf/cells/long.yaml"
+    text = conf.read_text()
+    other = grid_of(recipe, name="two")
+    write_confs(other, places_of(other))
+    assert conf.read_text() == text and text.index("num_epochs") < text.index("lr_epochs")
+
+
 def test_changed_confs_are_told_and_run_again(recipe):
     run(grid_of(recipe))
     ran(recipe)
