@@ -123,11 +123,14 @@ def main(settings: Settings) -> None:
         return
     left.check_disks()
 
-    def states(students: Sequence[Student]) -> dict[str, str | None]:
-        return {student.name: state_of(places, student) for student in students}
+    def states(students: Sequence[Student]) -> dict[str, str]:
+        found = {student.name: state_of(places, student) for student in students}
+        return {name: state for name, state in found.items() if state is not None}
 
-    out_of_date = states(left.out_of_date)
-    confs = {name: digest_of(steps) for name, steps in plans.items()}
+    def digests(plans: Mapping[str, Sequence[PlannedStep]]) -> dict[str, str]:
+        return {name: digest_of(steps) for name, steps in plans.items()}
+
+    out_of_date, confs = states(left.out_of_date), digests(plans)
     calls = Calls(settings, places, settings, places.exp / "grids" / settings.name / "logs")
 
     def now() -> Estimate:
@@ -141,16 +144,21 @@ def main(settings: Settings) -> None:
             logging.warning(f"{settings.name}: {error}")
 
     failed = run_grid(settings, places, calls, num_jobs, when_done)
-    # Students whose data were made again as they had been are up to date after all.
-    left = estimate_of(plans_of(settings, places, settings))
+    try:
+        # Students whose data were made again as they had been are up to date after all.
+        plans = plans_of(settings, places, settings)
+    except RecipeError as error:  # of confs that are being edited; what failed is told below
+        logging.warning(f"{settings.name}: {error}")
+        plans = with_done_since(settings, places, plans, out_of_date)
+    left, before = estimate_of(plans), out_of_date
     out_of_date = states(left.out_of_date)
-    write_results(settings, places, out_of_date, confs)
+    write_results(settings, places, out_of_date, digests(plans))
     logging.info(f"{settings.name}: results in {places.results(settings)}")
-    changed = [name for name in out_of_date if name not in failed]
+    changed = [n for n, state in out_of_date.items() if state != before.get(n) and n not in failed]
     if changed:
         names = ", ".join(changed)
         logging.info(f"{settings.name}: confs have changed meanwhile, those of {names}; call again")
-    elsewhere = [s.name for s in left.left if s.name not in {*failed, *out_of_date}]
+    elsewhere = [s.name for s in left.left if s.name not in {*failed, *changed}]
     if elsewhere:
         logging.info(
             f"{settings.name}: other processes have {len(elsewhere)} students in hand, "

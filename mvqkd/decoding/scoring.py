@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +27,8 @@ _EPSILON = "\0"
 
 # Replications drawn at a time, so that memory stays at some tens of MB for any test set.
 _BLOCK_ELEMENTS = 2_000_000
+# Of a test set that are kept, a byte each: more than LibriSpeech's largest has.
+_KEPT_ELEMENTS = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,8 @@ def _bootstrap(count_MU: np.ndarray, words_U: np.ndarray, seed: int, replication
     model_rng = np.random.default_rng([seed, 1])
     sums_U = np.stack([words_U, *count_MU], axis=1).astype(np.float64)
     rates = []
-    for times_RU in _draws(U, seed, replications):
+    kept = U * replications <= _KEPT_ELEMENTS
+    for times_RU in (_kept_draws if kept else _draws)(U, seed, replications):
         words_R, *count_MR = (times_RU.astype(np.float64) @ sums_U).T
         count_RM = np.stack(count_MR, axis=1)
         models_RM = model_rng.integers(0, M, size=count_RM.shape)
@@ -256,20 +259,22 @@ def _bootstrap(count_MU: np.ndarray, words_U: np.ndarray, seed: int, replication
 
 
 @lru_cache(maxsize=4)
-def _draws(U: int, seed: int, replications: int) -> list[np.ndarray]:
-    """How often each of U utterances is in each draw, in blocks of draws; the same for all models
-    and pairs of a test set, of which a grid has hundreds."""
+def _kept_draws(U: int, seed: int, replications: int) -> list[np.ndarray]:
+    """`_draws`, which are the same for all models and pairs of a test set: a grid has hundreds."""
+    return list(_draws(U, seed, replications))
+
+
+def _draws(U: int, seed: int, replications: int) -> Iterator[np.ndarray]:
+    """How often each of U utterances is in each draw, in blocks of draws: (R, U)."""
     rng = np.random.default_rng(seed)
     block = max(1, _BLOCK_ELEMENTS // U)
-    blocks = []
     for start in range(0, replications, block):
         drawn_RU = rng.integers(0, U, size=(min(block, replications - start), U))
         R = len(drawn_RU)
         drawn_RU += U * np.arange(R)[:, None]
         # An utterance is drawn once, as a mean, and never 256 times.
         times_RU = np.bincount(drawn_RU.ravel(), minlength=R * U).reshape(R, U)
-        blocks.append(times_RU.astype(np.uint8))
-    return blocks
+        yield times_RU.astype(np.uint8)
 
 
 def wer_interval(

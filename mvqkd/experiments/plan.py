@@ -10,7 +10,9 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 from mvqkd import cli
 from mvqkd.errors import RecipeError
@@ -84,14 +86,17 @@ def _check(step: PlannedStep) -> None:
     at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
     if at is None:
         return
-    name = f"step_{Path(words[at]).stem}"
-    script = sys.modules.get(name)
-    if script is None:
-        spec = importlib.util.spec_from_file_location(name, words[at])
-        script = importlib.util.module_from_spec(spec)
-        sys.modules[name] = script  # where dataclasses look up their types
-        spec.loader.exec_module(script)
+    script = _script(Path(words[at]).resolve())
     try:
         cli.parse(script.Settings, words[at + 1 :], words[at])
     except RecipeError as error:
         raise RecipeError(f"step {step.name}: {error}") from error
+
+
+@cache
+def _script(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"step {path}", path)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # where dataclasses look up their types
+    spec.loader.exec_module(script)
+    return script

@@ -171,7 +171,7 @@ class Estimate:
     """What is left will take."""
 
     left: list[Student]
-    # None: of no student that is left a like one is done or is there a rate.
+    # None: nothing is known of the time of any student that is left.
     seconds: float | None
     # Of the students that are left, those whose kind has been measured here.
     num_measured: int
@@ -264,11 +264,11 @@ def estimate(
             if step.name not in took:
                 took[step.name] = seconds.of(student, step)
                 num_bytes[step.name] = _bytes_left(student, step, places, costs)
-    own = {name for student in left for name in student.steps}
+    own = {name for student in left for name in student.steps if name in took}
     unknown = [name for name, one in took.items() if one is None]
     return Estimate(
         left,
-        None if own <= {*unknown} else _last_end(left, to_do, took, num_at_once),
+        None if own and own <= {*unknown} else _last_end(left, to_do, took, num_at_once),
         sum(student.like in seconds.measured for student in left),
         [student for student in left if state_of(places, student) is not None],
         _disks(places, num_bytes),

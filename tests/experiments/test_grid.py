@@ -443,6 +443,13 @@ def test_students_of_unknown_time_are_no_part_of_the_sum(recipe):
     text = plan.in_words(6, "a desk")
     assert ", without student-mvq-seed1, student-mvq-n4-seed1, student-mvq-seed2" in text
     assert plan.progress(6).endswith(" left, without 4 steps: not measured")
+    # Of one that was ended before it was decoded nothing is known either.
+    run(grid_of(recipe))
+    (recipe / "exp/toy/stamps/decode-mvq-seed1").unlink()
+    costs.steps.clear()
+    for stamp in (recipe / "exp/toy/stamps").glob("*.seconds"):
+        stamp.unlink()
+    assert planned(grid_of(recipe), costs=costs).seconds is None
 
 
 def test_times_of_another_device_say_nothing_of_this(recipe):
@@ -538,6 +545,43 @@ def test_students_whose_data_were_made_again_as_they_were_stay(recipe, monkeypat
     # As one would type it again.
     command = "python3 local/experiment.py --seeds '[1, 2]'"
     assert results["grid"]["origin"]["command"] == command
+
+
+def test_confs_that_cannot_be_read_in_the_end_lose_no_results(recipe, monkeypatch, caplog):
+    grid_of(recipe, seeds=[1])
+    (recipe / "broken-mvq-seed1").touch()
+    settings = cli.parse(experiment.Settings, ["--config", str(recipe / "grid.yaml")])[0]
+    settings.device = "cpu"
+    asked = []
+
+    def plans(*args):
+        asked.append(args)
+        if len(asked) > 1:
+            raise RecipeError("conf/training.yaml: half a line")
+        return plans_of(*args)
+
+    monkeypatch.setattr(experiment, "plans_of", plans)
+    monkeypatch.setattr(experiment, "costs_of", lambda settings: CostSettings())
+    with pytest.raises(RecipeError, match="1 students failed, mvq-seed1"):
+        experiment.main(settings)
+    assert "one: conf/training.yaml: half a line" in caplog.text
+    results = json.loads((recipe / "exp/toy/grids/one/results.json").read_text())
+    assert len(results["students"]) == 2
+
+
+def test_one_that_another_process_makes_again_is_in_its_hands(recipe, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    run(grid_of(recipe, seeds=[1]))
+    cells = {**CONF["cells"], "mvq-n4": {**CONF["cells"]["mvq-n4"], "values": {"a": 1}}}
+    grid_of(recipe, seeds=[1], cells=cells)
+    settings = cli.parse(experiment.Settings, ["--config", str(recipe / "grid.yaml")])[0]
+    settings.device = "cpu"
+    monkeypatch.setattr(experiment, "costs_of", lambda settings: CostSettings())
+    # Which has not got further than its labels.
+    with taken(recipe / "exp/toy/grids/locks/mvq-n4-seed1.lock", False):
+        experiment.main(settings)
+    assert "have 1 students in hand, mvq-n4-seed1; call again" in caplog.text
+    assert "meanwhile" not in caplog.text
 
 
 def test_confs_that_change_while_a_grid_runs_are_told(recipe, monkeypatch, caplog):
