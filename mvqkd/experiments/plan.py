@@ -95,8 +95,10 @@ def _check(step: PlannedStep) -> None:
 
 @cache
 def _script(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"step {path}", path)
+    # Two corpora have scripts of one name. The name may hold no dot: it is no part of a package.
+    name = f"step_{path.stem}_{hash(path) & 0xFFFFFFFF:x}"
+    spec = importlib.util.spec_from_file_location(name, path)
     script = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = script  # where dataclasses look up their types
+    sys.modules[name] = script  # where dataclasses look up their types
     spec.loader.exec_module(script)
     return script
