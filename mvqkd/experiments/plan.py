@@ -95,8 +95,7 @@ def _check(step: PlannedStep) -> None:
 
 @cache
 def _script(path: Path) -> ModuleType:
-    # Two corpora have scripts of one name. The name may hold no dot: it is no part of a package.
-    name = f"step_{path.stem}_{hash(path) & 0xFFFFFFFF:x}"
+    name = f"step_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     script = importlib.util.module_from_spec(spec)
     sys.modules[name] = script  # where dataclasses look up their types
