@@ -2,6 +2,7 @@
 
 import shlex
 import subprocess
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -18,7 +19,7 @@ from mvqkd.experiments.grid import (
     students_of,
     write_confs,
 )
-from mvqkd.experiments.plan import check_steps, plan_of
+from mvqkd.experiments.plan import PlannedStep, check_steps, plan_of
 from mvqkd.experiments.runner import estimate, plans_of
 from mvqkd.report.confs import conf_digests
 from mvqkd.report.costs import CostSettings
@@ -90,7 +91,8 @@ def test_options_reach_the_steps_of_librispeech(here):
 
 
 @pytest.mark.parametrize(
-    ("name", "hours", "gigabytes"), [("kinds", 1.1, 3.6), ("amounts", 1.2, 3.3)]
+    ("name", "hours", "gigabytes"),
+    [("kinds", 1.1, 3.6), ("amounts", 1.2, 3.3), ("epochs", 0.84, 1.6)],
 )
 def test_what_a_grid_of_the_embedded_corpus_takes(here, name, hours, gigabytes):
     options = ["--config", f"egs/mini/conf/grids/{name}.yaml", "--seeds", "[1]"]
@@ -124,6 +126,24 @@ def test_mistake_in_the_last_cell_is_told_before_the_first(here, tmp_path):
         settings = cli.parse(experiment.Settings, ["--config", str(path)])[0]
         with pytest.raises(RecipeError, match=f"^step student-last-seed1: .*{key}"):
             experiment.main(settings)
+
+
+def test_scripts_of_one_name_are_told_apart(tmp_path):
+    steps = []
+    for folder, key in (("one", "a"), ("other", "b")):
+        script = tmp_path / folder / "make.py"
+        script.parent.mkdir()
+        script.write_text(
+            "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+            f"from typing import Literal\nOf_{key} = Literal['x']\n"
+            f"@dataclass\nclass Settings:\n    {key}: Of_{key} = 'x'\n"
+        )
+        steps.append(PlannedStep(folder, False, f"python3 {script} --{key} x"))
+    check_steps(steps)
+    with pytest.raises(RecipeError, match=r"^step other: "):
+        check_steps([replace(steps[1], command=f"{steps[1].command} --a x")])
+    # The first, whose types are looked up once the other is there.
+    check_steps([replace(steps[0], command=f"{steps[0].command} --a=x")])
 
 
 def test_size_large_is_of_real_size(here):

@@ -153,6 +153,14 @@ def grid_of(recipe, **changes) -> GridSettings:
     return cli.parse(GridSettings, ["--config", str(path)])[0]
 
 
+def settings_of(recipe, monkeypatch) -> experiment.Settings:
+    """Of a call for the grid that `grid_of` has left, without rates."""
+    monkeypatch.setattr(experiment, "costs_of", lambda settings: CostSettings())
+    settings = cli.parse(experiment.Settings, ["--config", str(recipe / "grid.yaml")])[0]
+    settings.device = "cpu"
+    return settings
+
+
 def run(grid, num_jobs=1, when_done=lambda: None):
     places = places_of(grid)
     write_confs(grid, places)
@@ -247,10 +255,8 @@ def test_waits_for_those_in_other_hands(recipe):
 def test_a_launchers_process_says_last_that_a_student_failed(recipe, monkeypatch, launched):
     (recipe / "broken-mvq-seed1").touch()
     grid_of(recipe)
-    settings = cli.parse(experiment.Settings, ["--config", str(recipe / "grid.yaml")])[0]
-    settings.device = "cpu"
+    settings = settings_of(recipe, monkeypatch)
     waited = []
-    monkeypatch.setattr(experiment, "costs_of", lambda settings: CostSettings())
     monkeypatch.setattr(experiment, "wait_for_others", lambda *args: waited.append(args))
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     if launched:
@@ -263,8 +269,7 @@ def test_a_launchers_process_says_last_that_a_student_failed(recipe, monkeypatch
 def test_trains_on_where_results_cannot_be_written(recipe, monkeypatch, caplog):
     caplog.set_level("INFO")
     grid = grid_of(recipe)
-    settings = cli.parse(experiment.Settings, ["--config", str(recipe / "grid.yaml")])[0]
-    settings.device = "cpu"
+    settings = settings_of(recipe, monkeypatch)
     written = []
 
     def write(*args):
@@ -273,7 +278,6 @@ def test_trains_on_where_results_cannot_be_written(recipe, monkeypatch, caplog):
             raise RecipeError("results: a damaged log")
 
     monkeypatch.setattr(experiment, "write_results", write)
-    monkeypatch.setattr(experiment, "costs_of", lambda settings: CostSettings())
     experiment.main(settings)
     assert sorted(ran(recipe)) == sorted(ALL)
     assert caplog.text.count("one: results: a damaged log") == 3
@@ -284,9 +288,7 @@ def test_trains_on_where_results_cannot_be_written(recipe, monkeypatch, caplog):
 def test_says_whom_other_processes_have(recipe, monkeypatch, caplog):
     caplog.set_level("INFO")
     grid_of(recipe)
-    settings = cli.parse(experiment.Settings, ["--config", str(recipe / "grid.yaml")])[0]
-    settings.device = "cpu"
-    monkeypatch.setattr(experiment, "costs_of", lambda settings: CostSettings())
+    settings = settings_of(recipe, monkeypatch)
     locks = recipe / "exp/toy/grids/locks"
     locks.mkdir(parents=True)
     with taken(locks / "mvq-seed1.lock", False):
@@ -495,6 +497,18 @@ def test_confs_stay_word_by_word_where_another_grid_is_run(recipe):
     assert conf.read_text() == text and text.index("num_epochs") < text.index("lr_epochs")
 
 
+def test_conf_that_another_process_is_writing_is_none(recipe):
+    grid = grid_of(recipe, seeds=[2])
+    seeds = recipe / "exp/toy/grids/conf/seeds"
+    seeds.mkdir(parents=True)
+    (seeds / ".part-host-1-1.yaml").touch()
+    (seeds / "1.yaml").touch()
+    write_confs(grid, places_of(grid))
+    assert {line.split()[0] for line in places_of(grid).students_file.read_text().splitlines()} == {
+        f"{cell}-seed{seed}" for cell in grid.cells for seed in (1, 2)
+    }
+
+
 def test_changed_confs_are_told_and_run_again(recipe):
     run(grid_of(recipe))
     ran(recipe)
@@ -521,8 +535,7 @@ def test_changed_confs_are_told_and_run_again(recipe):
 def test_students_whose_data_were_made_again_as_they_were_stay(recipe, monkeypatch, caplog):
     caplog.set_level("INFO")
     run(grid_of(recipe))
-    settings = cli.parse(experiment.Settings, ["--config", str(recipe / "grid.yaml")])[0]
-    settings.device = "cpu"
+    settings = settings_of(recipe, monkeypatch)
     asked = []
 
     def plans(*args):
@@ -534,7 +547,6 @@ def test_students_whose_data_were_made_again_as_they_were_stay(recipe, monkeypat
         return {name: [replace(s, done=False) for s in steps] for name, steps in found.items()}
 
     monkeypatch.setattr(experiment, "plans_of", plans)
-    monkeypatch.setattr(experiment, "costs_of", lambda settings: CostSettings())
     monkeypatch.setattr("sys.argv", ["local/experiment.py", "--seeds", "[1, 2]"])
     experiment.main(settings)
     results = json.loads((recipe / "exp/toy/grids/one/results.json").read_text())
@@ -550,8 +562,7 @@ def test_students_whose_data_were_made_again_as_they_were_stay(recipe, monkeypat
 def test_confs_that_cannot_be_read_in_the_end_lose_no_results(recipe, monkeypatch, caplog):
     grid_of(recipe, seeds=[1])
     (recipe / "broken-mvq-seed1").touch()
-    settings = cli.parse(experiment.Settings, ["--config", str(recipe / "grid.yaml")])[0]
-    settings.device = "cpu"
+    settings = settings_of(recipe, monkeypatch)
     asked = []
 
     def plans(*args):
@@ -561,7 +572,6 @@ def test_confs_that_cannot_be_read_in_the_end_lose_no_results(recipe, monkeypatc
         return plans_of(*args)
 
     monkeypatch.setattr(experiment, "plans_of", plans)
-    monkeypatch.setattr(experiment, "costs_of", lambda settings: CostSettings())
     with pytest.raises(RecipeError, match="1 students failed, mvq-seed1"):
         experiment.main(settings)
     assert "one: conf/training.yaml: half a line" in caplog.text
@@ -574,9 +584,7 @@ def test_one_that_another_process_makes_again_is_in_its_hands(recipe, monkeypatc
     run(grid_of(recipe, seeds=[1]))
     cells = {**CONF["cells"], "mvq-n4": {**CONF["cells"]["mvq-n4"], "values": {"a": 1}}}
     grid_of(recipe, seeds=[1], cells=cells)
-    settings = cli.parse(experiment.Settings, ["--config", str(recipe / "grid.yaml")])[0]
-    settings.device = "cpu"
-    monkeypatch.setattr(experiment, "costs_of", lambda settings: CostSettings())
+    settings = settings_of(recipe, monkeypatch)
     # Which has not got further than its labels.
     with taken(recipe / "exp/toy/grids/locks/mvq-n4-seed1.lock", False):
         experiment.main(settings)
@@ -584,18 +592,31 @@ def test_one_that_another_process_makes_again_is_in_its_hands(recipe, monkeypatc
     assert "meanwhile" not in caplog.text
 
 
+def test_digests_are_of_the_confs_that_students_had(recipe, monkeypatch):
+    grid = grid_of(recipe, seeds=[1])
+    settings = settings_of(recipe, monkeypatch)
+
+    def call(*args):
+        (recipe / "conf/training.yaml").write_text("training: {num_epochs: 20}\n")
+        return run_grid(*args)
+
+    monkeypatch.setattr(experiment, "run_grid", call)
+    experiment.main(settings)
+    cells = json.loads((recipe / "exp/toy/grids/one/results.json").read_text())["grid"]["cells"]
+    now = grid_digests(grid, CPU)
+    assert {f"{cell['cell']}-seed1": cell["conf_digests"][0] for cell in cells} == now
+
+
 def test_confs_that_change_while_a_grid_runs_are_told(recipe, monkeypatch, caplog):
     caplog.set_level("INFO")
     grid_of(recipe, seeds=[1])
-    settings = cli.parse(experiment.Settings, ["--config", str(recipe / "grid.yaml")])[0]
-    settings.device = "cpu"
+    settings = settings_of(recipe, monkeypatch)
 
     def call(*args):
         failed = run_grid(*args)
         (recipe / "exp/toy/grids/conf/cells/mvq-n4.yaml").write_text("another: 1\n")
         return failed
 
-    monkeypatch.setattr(experiment, "costs_of", lambda settings: CostSettings())
     monkeypatch.setattr(experiment, "run_grid", call)
     experiment.main(settings)
     assert "one: confs have changed meanwhile, those of mvq-n4-seed1; call again" in caplog.text

@@ -76,6 +76,9 @@ def test_bytes_of_the_fields_that_a_student_learned(
     assert indexes < both / 2
     with pytest.raises(RecipeError, match=r"train.jsonl.gz: its cuts have no embeddings"):
         label_bytes_per_hour(folders[1], {"embeddings"})
+    # Labels that are made again are read again.
+    shutil.copytree(folders[0], folders[1], dirs_exist_ok=True)
+    assert label_bytes_per_hour(folders[1], {"embeddings"}) > 0
 
 
 def test_published_labels_have_no_teacher_here(labelled_cuts, origin, tmp_path):

@@ -55,3 +55,8 @@ def test_how_it_is_reported_does_not_count(recipe):
 def test_call_that_cannot_be_made_has_none(recipe):
     assert conf_digests("./run.sh --size large") == {}
     assert conf_digests("./gone.sh") == {}
+
+
+def test_no_other_command_is_run(recipe):
+    (recipe / "other.sh").write_text(f"touch was-run\n{RUN_SH}")
+    assert conf_digests("bash other.sh") == {} and not (recipe / "was-run").exists()
